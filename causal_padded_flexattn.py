@@ -1,0 +1,358 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "attn-gym", "matplotlib"]
+# ///
+"""Causal attention over a padded batch with PyTorch's FlexAttention.
+
+Sequences of different lengths are padded to one length. `create_padding_mask` tells FlexAttention which
+tokens are padding, `causal` which keys a query may see; a `BlockMask` of the two lets the kernel skip every
+128 x 128 tile of scores in which nothing is allowed.
+
+`python causal_padded_flexattn.py` shows it at work: it checks the outputs and gradients against
+`scaled_dot_product_attention` with an explicit mask, times both, and draws the mask.
+
+Shapes, as in torch.nn.functional.scaled_dot_product_attention: B batch, Hq query heads, Hkv key/value heads,
+L query length, S key length (max_seq_len), E head size of query and key, Ev head size of value.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# ---- what may attend to what --------------------------------------------------------------------------------
+
+
+def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """mask_mod: a query sees the keys up to its own position.
+
+    Args:
+        b, h, q_idx, kv_idx: integer tensors: batch element, head, position of the query, position of the key.
+
+    Returns:
+        A boolean tensor, True where the score is computed.
+    """
+    return q_idx >= kv_idx
+
+
+def create_padding_mask(pads: Tensor) -> MaskMod:
+    """Make the mask_mod that computes a score only where neither the query nor the key is padding.
+
+    After the padding question of attention-gym, https://github.com/meta-pytorch/attention-gym/issues/38.
+
+    Args:
+        pads: (B, max_seq_len), torch.bool, True where the token is padding. The mask_mod reads it when
+            attention runs, so leave it unchanged until then.
+
+    Returns:
+        The mask_mod.
+
+    Raises:
+        TypeError: `pads` is not torch.bool.
+        ValueError: `pads` is not two-dimensional, or is empty.
+    """
+    if pads.dtype != torch.bool:
+        raise TypeError(
+            f"pads must be torch.bool, True where padding; got {pads.dtype}: "
+            "from a Hugging Face attention_mask, pass attention_mask == 0"
+        )
+    if pads.dim() != 2 or pads.numel() == 0:
+        raise ValueError(
+            f"pads must be (batch_size, max_seq_len), neither of them 0; got {tuple(pads.shape)}: "
+            "pass one row of flags for each sequence of the batch"
+        )
+
+    def padding(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ~pads[b, q_idx] & ~pads[b, kv_idx]
+
+    return padding
+
+
+# ---- the reference ------------------------------------------------------------------------------------------
+
+
+def sdpa_reference(
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """The same attention by `scaled_dot_product_attention` with the explicit mask: O(B L S) memory, any device.
+
+    Args:
+        query: (B, Hq, L, E), the last L positions of the sequence.
+        key: (B, Hkv, S, E), with Hq a multiple of Hkv.
+        value: (B, Hkv, S, Ev).
+        pads: (B, S), torch.bool, True where the token is padding.
+        causal: whether a query sees only the keys up to its own position.
+        scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
+
+    Returns:
+        (B, Hq, L, Ev); padded query rows are exact zeros and receive and give exact zero gradients.
+
+    Raises:
+        TypeError, ValueError: what `create_padding_mask` says of `pads`.
+    """
+    create_padding_mask(pads)  # for its checks
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    mask = ~pads[:, kv_len - q_len :, None] & ~pads[:, None, :]  # (B, L, S)
+    if causal:
+        mask = mask.tril(kv_len - q_len)
+    mask = mask[:, None]  # (B, 1, L, S)
+    # A softmax over no key is NaN, so let those rows see every key, and zero them and their gradients after.
+    empty = ~mask.any(-1, keepdim=True)  # (B, 1, L, 1)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, mask | empty, scale=scale).masked_fill(empty, 0.0)
+
+
+# ---- the demonstration: python causal_padded_flexattn.py ------------------------------------------------------
+
+
+def draw_mask(path: Path, padding_side: str = "right") -> None:
+    """Draw the combined mask of a sequence of 8 tokens, padded to 12, with attention-gym's visualizer.
+
+    Args:
+        path: the PNG file to write.
+        padding_side: "right" or "left".
+
+    Raises:
+        ImportError: attn_gym or matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, also where a display exists
+    from attn_gym import visualize_attention_scores
+
+    pads = _pads([12, 8], 12, padding_side)
+    tokens = torch.ones(2, 1, 12, 8)  # (B, H, S, E); only the mask is drawn
+    with contextlib.redirect_stdout(io.StringIO()):
+        visualize_attention_scores(
+            tokens,
+            tokens,
+            mask_mod=and_masks(causal, create_padding_mask(pads)),
+            device="cpu",
+            name="causal_padding_mask",
+            path=path,
+            batch_idx=1,
+        )
+
+
+def _pads(lengths: Sequence[int], max_seq_len: int, padding_side: str, device: str | torch.device = "cpu") -> Tensor:
+    """(B, max_seq_len): True where a sequence of that length, padded on that side, holds padding."""
+    positions = torch.arange(max_seq_len, device=device)
+    length = torch.tensor(lengths, device=device)[:, None]
+    return positions >= length if padding_side == "right" else positions < max_seq_len - length
+
+
+def _attend(
+    attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The output and, given the gradient of the output, those of query, key and value."""
+    inputs = [x.detach().requires_grad_(grad_output is not None) for x in inputs]
+    output = attention(*inputs)
+    return (output, *torch.autograd.grad(output, inputs, grad_output)) if grad_output is not None else (output,)
+
+
+_RESULTS = ("output", "query gradient", "key gradient", "value gradient")
+
+
+def _median_ms(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        from triton.testing import do_bench  # device events, warm-up, a cold L2 cache before each run
+
+        return do_bench(run, return_mode="median")
+    return _wall_ms(run)
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return f", {(torch.cuda.max_memory_allocated() - before) / 2**20:.1f} MiB at its peak"
+
+
+def _wall_ms(run: Callable[[], object]) -> float:
+    from torch.utils.benchmark import Timer  # warms up, and waits for the device
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.3).median * 1e3
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        description="Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn.",
+        epilog="Sizes left out are B8 H16 S4096 in bfloat16 on CUDA, B4 H4 S512 in float32 on CPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto is cuda where there is one")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of query, key and value")
+    add("--batch-size", type=_count, metavar="B", help="sequences")
+    add("--heads", type=_count, metavar="H", help="query heads")
+    add("--kv-heads", type=_count, metavar="H", help="key and value heads, as many as --heads if left out")
+    add("--max-seq-len", type=_count, metavar="S", help="tokens of a padded sequence")
+    add("--head-dim", type=_count, metavar="D", default=64, help="size of a head")
+    add("--lengths", metavar="N,N,...", help="real tokens of each sequence, drawn by --seed if left out")
+    add("--padding-side", choices=["right", "left"], default="right", help="where the padding stands")
+    add("--seed", type=int, default=0, help="of the lengths and the numbers")
+    add("--output", type=Path, metavar="PATH", default="causal_padding_mask.png", help="the figure, a .png file")
+    add("--no-figure", action="store_true", help="draw nothing")
+    args = parser.parse_args(argv)
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, batch_size, heads, max_seq_len = (
+        ("bfloat16", 8, 16, 4096) if args.device == "cuda" else ("float32", 4, 4, 512)
+    )
+    args.dtype = getattr(torch, args.dtype or dtype)
+    args.heads = args.heads or heads
+    args.kv_heads = args.kv_heads or args.heads
+    args.max_seq_len = args.max_seq_len or max_seq_len
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
+    if args.lengths is None:
+        generator = torch.Generator().manual_seed(args.seed)
+        shortest = max(1, args.max_seq_len // 8)
+        size = (args.batch_size or batch_size,)
+        args.lengths = torch.randint(shortest, args.max_seq_len + 1, size, generator=generator).tolist()
+    else:
+        try:
+            args.lengths = [_count(length) for length in args.lengths.split(",")]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --lengths: {error}")
+        if args.batch_size not in (None, len(args.lengths)):
+            parser.error(f"--lengths has {len(args.lengths)} sequences: leave --batch-size {args.batch_size} out")
+        if max(args.lengths) > args.max_seq_len:
+            parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
+    if args.output.suffix != ".png" or not args.output.parent.is_dir():
+        parser.error(f"--output must be a .png file in a folder that exists; got {args.output}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demonstration; --help lists its options.
+
+    Args:
+        argv: the arguments of the command line; those of the process when None.
+
+    Returns:
+        The exit status: 0 when the check holds, 1 when it does not. Unusable arguments exit with 2.
+    """
+    args = _parse(argv)
+    torch.manual_seed(args.seed)
+    device, dtype, on_cuda = torch.device(args.device), args.dtype, args.device == "cuda"
+    batch_size, q_len = len(args.lengths), args.max_seq_len
+    pads = _pads(args.lengths, q_len, args.padding_side, device)  # (B, S)
+
+    def make(heads: int) -> Tensor:
+        return torch.randn(batch_size, heads, q_len, args.head_dim, device=device, dtype=dtype)
+
+    inputs = make(args.heads), make(args.kv_heads), make(args.kv_heads)  # query, key, value
+    grad_output = make(args.heads) if on_cuda else None
+
+    def say(label: str, text: str) -> None:
+        print(f"{label:<12}{text}", flush=True)
+
+    card = torch.cuda.get_device_name() if on_cuda else "CPU"
+    say("device", f"{card}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
+    if not on_cuda:
+        say("", "forward only: FlexAttention has no backward on the CPU")
+    heads = f"{args.heads} query and {args.kv_heads} key heads of {args.head_dim}"
+    padding = f"{pads.float().mean():.0%} of it padding on the {args.padding_side}"
+    say("batch", f"{batch_size} x {q_len} tokens, {padding}; {heads}")
+
+    def build() -> BlockMask:
+        mask_mod = and_masks(causal, create_padding_mask(pads))
+        return create_block_mask(mask_mod, batch_size, None, q_len, q_len, device=device)
+
+    say("block mask", "building ...")
+    block_mask = build()
+    assert block_mask.full_kv_num_blocks is not None
+    full, part = int(block_mask.full_kv_num_blocks.sum()), int(block_mask.kv_num_blocks.sum())
+    tiles = block_mask.kv_indices.numel()
+    say("", f"{tiles} tiles of 128 x 128: {full} full, {part} partial, {tiles - full - part} skipped")
+    say("", f"create_block_mask: {_wall_ms(build):.2f} ms{_peak_memory(build, device)}")
+
+    # One kernel does not repay precompiled C++ headers (CPU only).
+    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    say("compile", "flex_attention, forward" + (" and backward" if on_cuda else "") + " ...")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=block_mask, enable_gqa=args.heads != args.kv_heads)
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sdpa_reference(query, key, value, pads)
+
+    start = time.perf_counter()
+    results = _attend(flex, inputs, grad_output)
+    if on_cuda:
+        torch.cuda.synchronize()
+    say("", f"{time.perf_counter() - start:.1f} s")
+
+    say("check", "largest error against SDPA in higher precision, SDPA's own, and the bound:")
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+
+    def exact(row: slice) -> tuple[Tensor, ...]:
+        return _attend(
+            lambda query, key, value: sdpa_reference(query, key, value, pads[row]),
+            [x[row].to(wide) for x in inputs],
+            None if grad_output is None else grad_output[row].to(wide),
+        )
+
+    # One sequence at a time: float64 has no kernel that saves memory.
+    exacts = [torch.cat(rows) for rows in zip(*(exact(slice(i, i + 1)) for i in range(batch_size)), strict=True)]
+    wrong = []
+    for name, ours, own, truth in zip(
+        _RESULTS[: len(results)], results, _attend(sdpa, inputs, grad_output), exacts, strict=True
+    ):
+        error, own_error = ((x - truth).abs().max().item() for x in (ours, own))
+        # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and here one rounding more.
+        bound = (2 if name == "output" else 3) * own_error + torch.finfo(dtype).eps * truth.abs().max().item()
+        say("", f"{name:<16}{error:.1e}   {own_error:.1e}   {bound:.1e}")
+        if not error <= bound:
+            wrong.append(name)
+
+    say("time", "medians ...")
+    for name, grad in [("forward", None)] + ([("with backward", grad_output)] if on_cuda else []):
+        ours, own = (_median_ms(partial(_attend, attention, inputs, grad), device) for attention in (flex, sdpa))
+        say("", f"{name:<16}flex {ours:.2f} ms, SDPA with the explicit mask {own:.2f} ms: {own / ours:.1f} x")
+
+    if not args.no_figure:
+        draw_mask(args.output, args.padding_side)
+        say("figure", str(args.output))
+    if wrong:
+        print(f"FlexAttention and SDPA differ by more than the bound: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""sdpa_reference against a float64 softmax: what everything else is compared with must itself be right."""
+
+import pytest
+import torch
+from conftest import DEVICES, exact_attention, explicit_mask, with_gradients
+
+from causal_padded_flexattn import sdpa_reference
+
+
+def _inputs(device: str, dtype: torch.dtype, q_len: int = 37, kv_len: int = 37, heads: int = 4, kv_heads: int = 2):
+    torch.manual_seed(0)
+    shapes = [(3, heads, q_len, 16), (3, kv_heads, kv_len, 16), (3, kv_heads, kv_len, 24)]
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def _pads(kv_len: int, device: str) -> torch.Tensor:
+    pads = torch.zeros(3, kv_len, dtype=torch.bool, device=device)
+    pads[0, kv_len // 2 :] = True  # right
+    pads[1, 1:5] = pads[1, -1] = True  # holes
+    pads[2] = True  # empty
+    return pads
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("q_len", [37, 5, 1])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_values_and_gradients(device: str, causal: bool, q_len: int, scale: float | None) -> None:
+    pads = _pads(37, device)
+    inputs = _inputs(device, torch.float64, q_len)
+    grad_output = torch.randn(3, 4, q_len, 24, device=device, dtype=torch.float64)
+    results = with_gradients(
+        lambda q, k, v: sdpa_reference(q, k, v, pads, causal=causal, scale=scale), inputs, grad_output
+    )
+    mask = explicit_mask(pads, q_len, causal=causal)
+    exact = with_gradients(lambda q, k, v: exact_attention(q, k, v, mask, scale), inputs, grad_output)
+    for ours, truth in zip(results, exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_padded_rows_are_exact_zeros(device: str, dtype: torch.dtype) -> None:
+    pads = _pads(37, device)
+    inputs = _inputs(device, dtype)
+    grad_output = torch.randn(3, 4, 37, 24, device=device, dtype=dtype)
+    for result in with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads), inputs, grad_output):
+        assert result.isfinite().all()
+        assert result.mT[pads[:, None, None].expand_as(result.mT)].count_nonzero() == 0
+        assert result.mT[~pads[:, None, None].expand_as(result.mT)].count_nonzero() > 0

@@ -1,0 +1,126 @@
+"""The command line, run as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICES
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--lengths", "200,130,7", "--max-seq-len", "200", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
+
+
+def run(*arguments: str, cwd: Path, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "causal_padded_flexattn.py")] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def read_mask(path: Path) -> list[str]:
+    """The 12 x 12 cells of the figure, from its pixels: 1 for a score that is computed, . for one that is not."""
+    image = Image.open(path).convert("RGB")
+    assert 3000 < image.width < 3700 and 2700 < image.height < 3100  # 12 x 10 inches at 300 dpi, margins cut
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).int()
+    ends = {"1": (253, 231, 55), ".": (0, 34, 77)}  # the two ends of the colour map, cividis
+    cell = {c: (pixels - torch.tensor(colour)).abs().amax(-1) <= 2 for c, colour in ends.items()}
+    inside = cell["1"] | cell["."]
+    columns = (inside.float().mean(0) > 0.5).nonzero().flatten()  # the colour bar holds few pixels of its ends
+    rows = (inside.float().mean(1) > 0.5).nonzero().flatten()
+    (left, right), (top, bottom) = (columns[[0, -1]].tolist(), rows[[0, -1]].tolist())
+
+    def centre(low: int, high: int, i: int) -> int:
+        return round(low + (high - low) * (i + 0.5) / 12)
+
+    return [
+        "".join(next(c for c in cell if cell[c][centre(top, bottom, i), centre(left, right, j)]) for j in range(12))
+        for i in range(12)
+    ]
+
+
+RIGHT = ["1" * (i + 1) + "." * (11 - i) if i < 8 else "." * 12 for i in range(12)]
+LEFT = ["." * 12 if i < 4 else "...." + "1" * (i - 3) + "." * (11 - i) for i in range(12)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_report_and_figure(device: str, tmp_path: Path) -> None:
+    done = run("--device", device, *SMALL, "--padding-side", "left", "--output", "mask.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report = done.stdout
+    assert f"torch {torch.__version__}" in report
+    assert ("float32" if device == "cpu" else "bfloat16") in report
+    assert "3 x 200 tokens, 44% of it padding on the left; 4 query and 2 key heads of 32" in report
+    assert "12 tiles of 128 x 128: 0 full, 7 partial, 5 skipped" in report
+    results = ["output"] if device == "cpu" else ["output", "query gradient", "key gradient", "value gradient"]
+    for result in results:
+        error, own, bound = map(float, re.search(rf"{result} +(\S+) +(\S+) +(\S+)", report).groups())
+        assert 0 < error <= bound and 0 < own < bound
+    assert re.search(r"forward +flex [\d.]+ ms, SDPA with the explicit mask [\d.]+ ms: [\d.]+ x", report)
+    assert ("with backward" in report) == (device == "cuda")
+    assert ("no backward on the CPU" in report) == (device == "cpu")
+    assert re.search(r"figure +mask.png", report)
+    assert read_mask(tmp_path / "mask.png") == LEFT
+
+
+def test_the_committed_figure_is_the_one_the_script_draws() -> None:
+    assert read_mask(ROOT / "causal_padding_mask.png") == RIGHT
+
+
+@pytest.mark.parametrize("broken", ["causal = lambda b, h, q, k: q > k", "create_padding_mask = lambda pads: m.causal"])
+def test_a_wrong_mask_ends_with_status_one(broken: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import causal_padded_flexattn as m; m.{broken}; "
+    code += "sys.exit(m.main())"
+    done = run("--device", "cpu", *SMALL, "--no-figure", cwd=tmp_path, code=code)
+    assert done.returncode == 1
+    assert done.stderr == "FlexAttention and SDPA differ by more than the bound: output\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lengths", "0,5"], "--lengths: expected a whole number of at least 1, got 0"),
+        (["--lengths", "5,x"], "--lengths: expected a whole number of at least 1, got x"),
+        (["--lengths", "600"], "--lengths has 600 tokens: raise --max-seq-len 512"),
+        (["--lengths", "5,6", "--batch-size", "3"], "--lengths has 2 sequences: leave --batch-size 3 out"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 must be a multiple of --kv-heads 4"),
+        (["--heads", "0"], "--heads: expected a whole number of at least 1, got 0"),
+        (["--dtype", "int8"], "--dtype: invalid choice"),
+        (["--output", "mask.jpg"], "--output must be a .png file in a folder that exists; got mask.jpg"),
+        (["--output", "nowhere/mask.png"], "--output must be a .png file in a folder that exists"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_unusable_arguments_end_with_status_two(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    done = run("--device", "cpu", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
+def test_cuda_without_cuda(tmp_path: Path) -> None:
+    done = run("--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pass --device cpu" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_import_runs_nothing_and_needs_torch_alone(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["matplotlib"] = sys.modules["attn_gym"] = None  # an import of them fails
+import torch
+import causal_padded_flexattn
+assert not torch.cuda.is_initialized()
+assert "torch._inductor" not in sys.modules, "something was compiled"
+"""
+    done = run(cwd=tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
