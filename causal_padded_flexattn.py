@@ -17,19 +17,20 @@ L query length, S key length (max_seq_len), E head size of query and key, Ev hea
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, flex_attention
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -82,6 +83,263 @@ def create_padding_mask(pads: Tensor) -> MaskMod:
     return padding
 
 
+# ---- the block mask -----------------------------------------------------------------------------------------
+
+
+def create_causal_padding_block_mask(
+    pads: Tensor,
+    q_len: int | None = None,
+    *,
+    q_offset: int | Tensor | None = None,
+    causal: bool = True,
+    BLOCK_SIZE: int | tuple[int, int] = 128,
+) -> BlockMask:
+    """Build in closed form the BlockMask that `create_block_mask` finds by evaluating every score.
+
+    It depends on the padding alone: build it once for a batch and hand it to every layer. Nothing here waits
+    for the device or compiles, and no tensor holds more than a number for each tile.
+
+    Args:
+        pads: (B, S), torch.bool, True where the key is padding, as a cache is where it is not written yet.
+            Attention reads it again: leave it unchanged until the backward pass is done.
+        q_len: L, the number of queries; all that fit when None.
+        q_offset: position of the first query among the keys; S - L when None, so that the queries are the last
+            tokens. A 0-d integer tensor is not checked: that would wait for the device.
+        causal: whether a query sees only the keys up to its own position.
+        BLOCK_SIZE: tokens in a block, or (in a query block, in a key block).
+
+    Returns:
+        A BlockMask of shape (B, 1, L, S), for any number of heads.
+
+    Raises:
+        TypeError: `pads` is not torch.bool, or `q_offset` no integer.
+        ValueError: `pads` is not two-dimensional, or the queries do not lie among the keys.
+    """
+    mask_mod = _mask_mod(pads, causal)
+    kv_len, device = pads.shape[1], pads.device
+    q_block, kv_block = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    if isinstance(q_offset, Tensor):
+        if q_offset.dim() or q_offset.is_floating_point() or q_offset.device != device:
+            raise TypeError(f"q_offset must be an int or a 0-d integer tensor on {device}; got {q_offset!r}")
+        q_len = kv_len if q_len is None else q_len
+        fits = 1 <= q_len <= kv_len
+    else:
+        q_len = kv_len - (q_offset or 0) if q_len is None else q_len
+        q_offset = kv_len - q_len if q_offset is None else q_offset
+        fits = 0 <= q_offset < q_offset + q_len <= kv_len
+    if not fits:
+        raise ValueError(
+            f"the queries must lie among the {kv_len} keys that pads covers; got q_len={q_len}, q_offset={q_offset}: "
+            "with a preallocated cache, pads covers all of it"
+        )
+
+    # Comparing the ends of two blocks is exact once padding cannot be compared with: a padded key stands after
+    # every query, a padded query before every key. Without causality all other tokens stand at one place.
+    positions = (
+        torch.arange(kv_len, dtype=torch.int32, device=device) if causal else pads.new_zeros((), dtype=torch.int32)
+    )
+    keys = torch.where(pads, kv_len, positions)  # (B, S)
+    queries = torch.where(pads, -1, positions)  # (B, S)
+    if q_len < kv_len:
+        # A captured int would be compiled in: a kernel for every decoding step.
+        if isinstance(q_offset, int):
+            q_offset = torch.full((), q_offset, dtype=torch.int32, device=device)
+        else:
+            q_offset = q_offset.clone()
+        rows = q_offset + torch.arange(q_len, device=device)
+        queries = queries.index_select(1, rows)  # (B, L)
+        mask_mod = _shift_queries(mask_mod, q_offset, torch.full_like(q_offset, kv_len - 1))
+    first_query, last_query = _block_ends(queries, q_block, -1)  # (B, query blocks)
+    first_key, last_key = _block_ends(keys, kv_block, kv_len)  # (B, key blocks)
+    some = last_query[:, None, :, None] >= first_key[:, None, None, :]  # (B, 1, query blocks, key blocks)
+    full = first_query[:, None, :, None] >= last_key[:, None, None, :]
+    partial = some ^ full  # every full tile is one with some pair
+    return BlockMask(
+        (q_len, kv_len),
+        *_list_tiles(partial),
+        *_list_tiles(full),
+        *_list_tiles(partial.mT),  # the backward pass goes through the queries of each key
+        *_list_tiles(full.mT),
+        BLOCK_SIZE=(q_block, kv_block),
+        mask_mod=mask_mod,
+    )
+
+
+def _mask_mod(pads: Tensor, is_causal: bool) -> MaskMod:
+    padding = create_padding_mask(pads)
+    return and_masks(causal, padding) if is_causal else padding
+
+
+def _shift_queries(mask_mod: MaskMod, q_offset: Tensor, last: Tensor) -> MaskMod:
+    def shifted(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        # Kernels for the CPU evaluate rows past the queries too: those must not read past pads.
+        return mask_mod(b, h, torch.minimum(q_idx + q_offset, last), kv_idx)
+
+    return shifted
+
+
+def _block_ends(places: Tensor, block: int, outside: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest place in each block, (B, N) to twice (B, blocks); past the end is `outside`."""
+    places = F.pad(places, (0, -places.shape[1] % block), value=outside)
+    smallest, largest = places.unflatten(1, (-1, block)).aminmax(dim=-1)
+    return smallest, largest
+
+
+def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """From (B, 1, rows, columns) flags, how many each row has and where, as BlockMask keeps them: int32."""
+    columns = tiles.shape[-1]
+    rank = tiles.cumsum(-1, dtype=torch.int32)
+    counts = rank[..., -1].clone(memory_format=torch.contiguous_format)
+    # The others share the last slot: where there are any, no listed tile needs it.
+    slots = rank.sub_(1).masked_fill_(~tiles, columns - 1)
+    # The kernels for the backward pass read a list that is not contiguous wrongly; zeros_like would keep strides.
+    indices = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
+    numbers = torch.arange(columns, dtype=torch.int32, device=tiles.device).expand(tiles.shape)
+    return counts, indices.scatter_(-1, slots, numbers)
+
+
+# ---- attention ----------------------------------------------------------------------------------------------
+
+
+def causal_padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pads: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: Literal["auto", "triton", "flash"] = "auto",
+    safe_padding: bool = False,
+) -> Tensor:
+    """Attention over a padded batch by FlexAttention, compiled once: softmax(scale query keyᵀ) value where allowed.
+
+    Use it in training, prefill and decoding, in a compiled model or not, under autocast. With fewer queries than
+    keys, the queries are the last tokens, unless a block mask made with `q_offset` says otherwise. On the CPU it
+    needs memory for every score; its gradients come from SDPA, as FlexAttention has none there.
+
+    Args:
+        query: (B, Hq, L, E); a transposed view of (B, L, Hq, E) needs no copy, here and below.
+        key: (B, Hkv, S, E), with Hq a multiple of Hkv (grouped-query attention).
+        value: (B, Hkv, S, Ev).
+        pads: (B, S), torch.bool, True where the key is padding.
+        block_mask: what `create_causal_padding_block_mask` made of the same `pads`, to be shared by all layers;
+            made here when None. It then decides, also over `causal`.
+        causal: whether a query sees only the keys up to its own position.
+        scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
+        backend: "triton", "flash" (FlashAttention-4), or "auto", for now "triton".
+        safe_padding: zero the padded rows first. Without it NaN or Inf there reach real rows: those of `value`
+            the output (0 * NaN is NaN in a tile that is not all real), those of all three the gradients.
+
+    Returns:
+        (B, Hq, L, Ev); padded query rows are exact zeros, and gradients in padded rows are too.
+
+    Raises:
+        TypeError, ValueError: inputs that do not fit together, each with what to do.
+    """
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    _check_inputs(query, key, value, pads, block_mask, backend)
+    if block_mask is None:
+        block_mask = create_causal_padding_block_mask(pads, query.shape[2], causal=causal)
+    if safe_padding:
+        all_queries = query.shape[2] == key.shape[2]
+        q_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
+        query = query.masked_fill(q_pads[:, None, :, None], 0.0)
+        key, value = (x.masked_fill(pads[:, None, :, None], 0.0) for x in (key, value))
+
+    compiling = torch.compiler.is_compiling()
+    if query.device.type == "cpu":
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        # On the CPU flex has no backward, and what it compiles to fails to build at some shapes.
+        if needs_grad or compiling:
+            return _masked_sdpa(query, key, value, _dense_mask(block_mask, query), scale)
+    flex = flex_attention if compiling else _compiled_flex_attention(query.device.type)
+    return flex(
+        query,
+        key,
+        value,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"BACKEND": "FLASH"} if backend == "flash" else None,
+    )
+
+
+@cache
+def _compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
+    # On the CPU compiling takes 5 s and more for each shape: there torch traces it, and runs plain operators.
+    return torch.compile(flex_attention) if device_type != "cpu" else torch.compile(flex_attention, backend="eager")
+
+
+def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
+    """(B, H or 1, L, S): the mask_mod at every score."""
+    _, heads, q_len, kv_len = block_mask.shape
+    return create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
+
+
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, block_mask: BlockMask | None, backend: str
+) -> None:
+    """Say what does not fit before a kernel runs; nothing here waits for the device."""
+    create_padding_mask(pads)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name} must be (batch, heads, length, head size), none of them 0; got {tuple(x.shape)}: "
+                "add or transpose dimensions"
+            )
+        if x.dtype != query.dtype:
+            raise TypeError(f"query, key and value must share a dtype; got {query.dtype}, {name} {x.dtype}: cast it")
+        if x.device != pads.device:
+            raise ValueError(f"{name} is on {x.device}, pads on {pads.device}: move them to one device")
+    (batch_size, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"key and value must agree in batch, heads and length; got {shapes}")
+    if batch_size != key.shape[0] or head_dim != key.shape[3]:
+        raise ValueError(f"query and key must agree in batch and head size; got {shapes}")
+    if q_heads % kv_heads:
+        raise ValueError(f"the heads of query must be a multiple of those of key and value; got {shapes}")
+    if pads.shape != (batch_size, kv_len):
+        raise ValueError(
+            f"pads must cover the keys, ({batch_size}, {kv_len}); got {tuple(pads.shape)}: "
+            "pass one flag for each token of key, also of a cache"
+        )
+    if q_len > kv_len:
+        raise ValueError(f"query must not be longer than key; got {shapes}: the queries are the last of the tokens")
+    if block_mask is not None:
+        masks, heads, *lengths = block_mask.shape
+        if masks not in (1, batch_size) or heads not in (1, q_heads) or lengths != [q_len, kv_len]:
+            raise ValueError(
+                f"block_mask is for {block_mask.shape} (batch, heads, query length, key length); got {shapes}: "
+                "build it with create_causal_padding_block_mask(pads, q_len)"
+            )
+    if backend not in ("auto", "triton", "flash"):
+        raise ValueError(f'backend must be "auto", "triton" or "flash"; got {backend!r}')
+    obstacle = _flash_obstacle(query, key, value) if backend == "flash" else None
+    if obstacle:
+        raise ValueError(f'backend="flash" {obstacle}; pass backend="auto"')
+
+
+def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """What keeps the FLASH kernel from being used, if anything; after the checks of flash_attn.cute.interface."""
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        return "needs the package flash-attn-4: pip install --pre flash-attn-4"
+    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
+    if major not in (9, 10, 11):
+        return f"needs a Hopper or Blackwell card; query is on {query.device}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16; got {query.dtype}"
+    largest = 256 if major == 9 else 128
+    if any(x.shape[3] % 8 or x.shape[3] > largest for x in (query, value)):
+        return f"needs head sizes that are multiples of 8 up to {largest}; got {query.shape[3]} and {value.shape[3]}"
+    if query.shape[2] != key.shape[2]:
+        return f"needs as many queries as keys; got {query.shape[2]} and {key.shape[2]}"
+    return None
+
+
 # ---- the reference ------------------------------------------------------------------------------------------
 
 
@@ -109,8 +367,11 @@ def sdpa_reference(
     mask = ~pads[:, kv_len - q_len :, None] & ~pads[:, None, :]  # (B, L, S)
     if causal:
         mask = mask.tril(kv_len - q_len)
-    mask = mask[:, None]  # (B, 1, L, S)
-    # A softmax over no key is NaN, so let those rows see every key, and zero them and their gradients after.
+    return _masked_sdpa(query, key, value, mask[:, None], scale)
+
+
+def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    # A softmax over no key is NaN: let those rows see every key, and zero them and their gradients after.
     empty = ~mask.any(-1, keepdim=True)  # (B, 1, L, 1)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)

@@ -1,0 +1,375 @@
+"""causal_padded_attention: values and gradients, decoding, shapes that change, inputs that do not fit."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import DEVICES, assert_as_exact_as_sdpa, exact_attention, explicit_mask, with_gradients
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from causal_padded_flexattn import (
+    causal_padded_attention,
+    create_causal_padding_block_mask,
+    sdpa_reference,
+)
+
+PADDING = ["none", "right", "left", "holes", "empty"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+def make_pads(padding: str, kv_len: int, device: str, batch_size: int = 3) -> Tensor:
+    """(B, S): the first sequence has padding of the kind named, the last none, one between a token alone."""
+    pads = torch.zeros(batch_size, kv_len, dtype=torch.bool, device=device)
+    place = torch.arange(kv_len, device=device)
+    if padding == "right":
+        pads[0] = place >= (kv_len + 1) // 2
+        pads[1:-1] = place > 0
+    elif padding == "left":
+        pads[0] = place < kv_len // 2
+        pads[1:-1] = place < kv_len - 1
+    elif padding == "holes":
+        pads[0] = torch.rand(kv_len, device=device) < 0.3
+        pads[1:-1] = place % 200 > 120
+    elif padding == "empty":
+        pads[0] = True
+    return pads
+
+
+def make_inputs(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 3,
+    heads: tuple[int, int] = (4, 2),
+    lengths: tuple[int, int] = (200, 200),
+    sizes: tuple[int, int] = (64, 64),
+) -> tuple[list[Tensor], Tensor]:
+    """query, key and value, and a gradient of the output."""
+    shapes = [(heads[0], lengths[0], sizes[0]), (heads[1], lengths[1], sizes[0]), (heads[1], lengths[1], sizes[1])]
+    inputs = [torch.randn(batch_size, *shape, device=device, dtype=dtype) for shape in shapes]
+    return inputs, torch.randn(batch_size, heads[0], lengths[0], sizes[1], device=device, dtype=dtype)
+
+
+def check(inputs, grad_output, pads, *, causal=True, scale=None, **kwargs) -> None:
+    """Against float64, as exact as SDPA in the same precision; padded rows exact zeros."""
+    query = inputs[0]
+    mask = explicit_mask(pads, query.shape[2], causal=causal)
+    for grad in (None, grad_output):
+        ours = with_gradients(
+            lambda q, k, v: causal_padded_attention(q, k, v, pads, causal=causal, scale=scale, **kwargs), inputs, grad
+        )
+        sdpa = with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads, causal=causal, scale=scale), inputs, grad)
+        exact = with_gradients(
+            lambda q, k, v: exact_attention(q, k, v, mask, scale), [x.double() for x in inputs], grad
+        )
+        assert_as_exact_as_sdpa(ours, sdpa, exact)
+        q_pads = pads[:, pads.shape[1] - query.shape[2] :]
+        for result, rows in zip(ours, (q_pads, q_pads, pads, pads), strict=False):
+            assert result.isfinite().all() and result.transpose(1, 2)[rows].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", PADDING)
+def test_padding(device: str, padding: str, causal: bool) -> None:
+    check(*make_inputs(device), make_pads(padding, 200, device), causal=causal)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 2, 64, 127, 128, 129, 255, 256, 257, 384, 500])
+def test_lengths(device: str, length: int) -> None:
+    for padding in PADDING:
+        check(*make_inputs(device, lengths=(length, length)), make_pads(padding, length, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["right", "left", "holes"])
+def test_dtypes(device: str, dtype: torch.dtype, padding: str) -> None:
+    check(*make_inputs(device, dtype, lengths=(300, 300)), make_pads(padding, 300, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 64), (128, 128), (256, 256), (64, 32), (32, 64)])
+def test_head_sizes(device: str, sizes: tuple[int, int]) -> None:
+    for padding in ("right", "left"):
+        check(*make_inputs(device, torch.bfloat16, sizes=sizes), make_pads(padding, 200, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (4, 1), (6, 2)])
+def test_heads(device: str, heads: tuple[int, int]) -> None:
+    check(*make_inputs(device, heads=heads), make_pads("right", 200, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scale(device: str) -> None:
+    check(*make_inputs(device), make_pads("right", 200, device), scale=0.3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_transposed_views(device: str) -> None:
+    inputs, grad_output = make_inputs(device)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert not any(x.is_contiguous() for x in views)
+    check(views, grad_output.transpose(1, 2).contiguous().transpose(1, 2), make_pads("left", 200, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_block_mask_serves_all_layers(device: str) -> None:
+    pads = make_pads("right", 200, device)
+    block_mask = create_causal_padding_block_mask(pads)
+    for _ in range(2):
+        check(*make_inputs(device), pads, block_mask=block_mask)
+    both_ways = create_causal_padding_block_mask(pads, causal=False)
+    check(*make_inputs(device), pads, causal=False, block_mask=both_ways)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [1, 5, 130])
+def test_the_queries_are_the_last_tokens(device: str, q_len: int) -> None:
+    for padding in PADDING:
+        check(*make_inputs(device, lengths=(q_len, 200)), make_pads(padding, 200, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_decoding_gives_the_rows_of_one_pass(device: str, padding: str) -> None:
+    length, size = 40, 64
+    (query, key, value), _ = make_inputs(device, lengths=(length, length))
+    pads = make_pads(padding, length, device)
+    whole = causal_padded_attention(query, key, value, pads)
+    room = 24  # tokens of the cache that are never written
+    cache_pads = torch.cat([pads, pads.new_ones(3, room)], 1)
+    key_cache, value_cache = (torch.cat([x, torch.zeros_like(x[:, :, :room])], 2) for x in (key, value))
+    for i in range(length):
+        step = slice(i, i + 1)
+        grown = causal_padded_attention(query[:, :, step], key[:, :, : i + 1], value[:, :, : i + 1], pads[:, : i + 1])
+        torch.testing.assert_close(grown, whole[:, :, step], rtol=1e-5, atol=1e-5)
+        position = torch.tensor(i, device=device) if i % 2 else i
+        block_mask = create_causal_padding_block_mask(cache_pads, 1, q_offset=position)
+        preallocated = causal_padded_attention(
+            query[:, :, step], key_cache, value_cache, cache_pads, block_mask=block_mask
+        )
+        torch.testing.assert_close(preallocated, whole[:, :, step], rtol=1e-5, atol=1e-5)
+    assert whole.shape == (3, 4, length, size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunked_prefill_into_a_preallocated_cache(device: str) -> None:
+    (query, key, value), _ = make_inputs(device, lengths=(300, 300))
+    pads = make_pads("left", 300, device)
+    whole = causal_padded_attention(query, key, value, pads)
+    for start, end in ((0, 128), (128, 200), (200, 300)):
+        block_mask = create_causal_padding_block_mask(pads, end - start, q_offset=start)
+        chunk = causal_padded_attention(query[:, :, start:end], key, value, pads, block_mask=block_mask)
+        torch.testing.assert_close(chunk, whole[:, :, start:end], rtol=1e-5, atol=1e-5)
+
+
+def _poison(inputs: list[Tensor], which: int, q_pads: Tensor, pads: Tensor, poison: float) -> list[Tensor]:
+    rows = (q_pads, pads, pads)[which][:, None, :, None]
+    return [x.masked_fill(rows, poison) if i == which else x for i, x in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [200, 70])
+@pytest.mark.parametrize("offset", [None, 60])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_safe_padding_lets_nothing_through(device: str, q_len: int, offset: int | None, poison: float) -> None:
+    offset = None if q_len == 200 else offset
+    pads = make_pads("holes", 200, device)
+    start = 200 - q_len if offset is None else offset
+    q_pads = pads[:, start : start + q_len]
+    inputs, grad_output = make_inputs(device, lengths=(q_len, 200))
+    block_mask = None if offset is None else create_causal_padding_block_mask(pads, q_len, q_offset=offset)
+    attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask, safe_padding=True)
+    clean = _poison(_poison(_poison(inputs, 0, q_pads, pads, 0), 1, q_pads, pads, 0), 2, q_pads, pads, 0)
+    for grad in (None, grad_output):
+        expected = with_gradients(attend, clean, grad)
+        for which in range(3):
+            results = with_gradients(attend, _poison(inputs, which, q_pads, pads, poison), grad)
+            for result, truth in zip(results, expected, strict=True):
+                assert torch.equal(result, truth)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_safe_padding_only_value_reaches_the_output(device: str) -> None:
+    pads = make_pads("right", 200, device)
+    inputs, _ = make_inputs(device)
+    expected = causal_padded_attention(*inputs, pads)
+    for which, name in enumerate(("query", "key", "value")):
+        output = causal_padded_attention(*_poison(inputs, which, pads, pads, float("nan")), pads)
+        leaked = output.transpose(1, 2)[~pads].isnan().any()
+        assert leaked == (name == "value"), name
+        if name != "value":
+            assert torch.equal(output.transpose(1, 2)[~pads], expected.transpose(1, 2)[~pads])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device: str) -> None:
+    pads = make_pads("right", 200, device)
+    inputs, grad_output = make_inputs(device)
+    halves = [x.bfloat16() for x in inputs]
+    expected = with_gradients(lambda *x: causal_padded_attention(*x, pads), halves, grad_output.bfloat16())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return causal_padded_attention(query, key, value.bfloat16(), pads)  # mixed, as after rotary embeddings
+
+    results = with_gradients(attend, inputs, grad_output.bfloat16())
+    assert results[0].dtype == torch.bfloat16 and results[1].dtype == torch.float32
+    for result, truth in zip(results, expected, strict=True):
+        assert torch.equal(result, truth.to(result.dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_activation_checkpointing(device: str) -> None:
+    pads = make_pads("right", 200, device)
+    inputs, grad_output = make_inputs(device)
+    attend = partial(causal_padded_attention, pads=pads)
+    expected = with_gradients(attend, inputs, grad_output)
+    results = with_gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), inputs, grad_output)
+    for result, truth in zip(results, expected, strict=True):
+        assert torch.equal(result, truth)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, safe_padding: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(128, 256), torch.nn.Linear(128, 128)
+        self.safe_padding = safe_padding
+
+    def forward(self, x: Tensor, pads: Tensor, block_mask=None) -> Tensor:  # (B, S, 128)
+        query, key, value = self.qkv(x).split([128, 64, 64], dim=-1)
+        query, key, value = (y.unflatten(-1, (-1, 32)).transpose(1, 2) for y in (query, key, value))
+        y = causal_padded_attention(query, key, value, pads, block_mask=block_mask, safe_padding=self.safe_padding)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given_mask", [True, False])
+@pytest.mark.parametrize("safe_padding", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_in_a_compiled_model(device: str, given_mask: bool, safe_padding: bool, training: bool) -> None:
+    layer = Layer(safe_padding).to(device)
+    compiled = torch.compile(layer, fullgraph=True)
+    for length in (200, 260, 300):
+        pads = make_pads("left", length, device)
+        block_mask = create_causal_padding_block_mask(pads) if given_mask else None
+        x = torch.randn(3, length, 128, device=device, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            expected, result = layer(x, pads, block_mask), compiled(x, pads, block_mask)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        if training:
+            for ours, theirs in zip(
+                *(torch.autograd.grad(y.square().sum(), x) for y in (result, expected)), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def compilations() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.cuda
+def test_a_stream_of_shapes_compiles_three_times_at_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(24):
+        batch_size = int(torch.randint(1, 9, (), generator=generator))
+        length = int(torch.randint(100, 4097, (), generator=generator))
+        inputs, grad_output = make_inputs("cuda", torch.bfloat16, batch_size, lengths=(length, length))
+        pads = make_pads("right", length, "cuda", batch_size)
+        with_gradients(partial(causal_padded_attention, pads=pads), inputs, grad_output)
+    assert 1 <= compilations() <= 3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_decoding_into_a_preallocated_cache_compiles_once(as_tensor: bool) -> None:
+    (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, 512))
+    for i in range(32):
+        pads = torch.arange(512, device="cuda").expand(3, 512) > i
+        offset = torch.tensor(i, device="cuda") if as_tensor else i
+        block_mask = create_causal_padding_block_mask(pads, 1, q_offset=offset)
+        with torch.no_grad():
+            causal_padded_attention(query, key, value, pads, block_mask=block_mask)
+    assert compilations() == 1
+
+
+@pytest.mark.cuda
+def test_a_growing_cache_compiles_three_times_at_most() -> None:
+    for length in [*range(1, 20), *range(120, 140), *range(250, 260), 600, 1000]:
+        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, length))
+        with torch.no_grad():
+            causal_padded_attention(query, key, value, make_pads("left", length, "cuda"))
+    assert 1 <= compilations() <= 3
+
+
+@pytest.mark.cuda
+def test_it_does_not_wait_for_the_device() -> None:
+    pads = make_pads("right", 200, "cuda")
+    inputs, grad_output = make_inputs("cuda", torch.bfloat16)
+    attend = partial(causal_padded_attention, pads=pads)
+    with_gradients(attend, inputs, grad_output)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_gradients(attend, inputs, grad_output)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _bad(change: dict) -> dict:
+    (query, key, value), _ = make_inputs("cpu", lengths=(8, 8), sizes=(16, 16))  # B3 Hq4 Hkv2 L8 S8 E16
+    return {"query": query, "key": key, "value": value, "pads": make_pads("right", 8, "cpu"), **change}
+
+
+def _zeros(*shape: int, **kwargs) -> Tensor:
+    return torch.zeros(shape, **kwargs)
+
+
+_mask = create_causal_padding_block_mask
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pads": _zeros(3, 8, dtype=torch.int64)}, TypeError, "got torch.int64.*pass attention_mask == 0"),
+        ({"pads": _zeros(8, dtype=torch.bool)}, ValueError, r"pads must be \(batch_size, max_seq_len\).*got \(8,\)"),
+        ({"pads": _zeros(2, 8, dtype=torch.bool)}, ValueError, r"pads must cover the keys, \(3, 8\); got \(2, 8\)"),
+        ({"pads": _zeros(3, 9, dtype=torch.bool)}, ValueError, r"pads must cover the keys, \(3, 8\); got \(3, 9\)"),
+        ({"pads": _zeros(3, 8, dtype=torch.bool, device="meta")}, ValueError, "query is on cpu, pads on meta: move"),
+        ({"pads": _zeros(0, 8, dtype=torch.bool)}, ValueError, "neither of them 0"),
+        ({"key": _zeros(2, 2, 8, 16)}, ValueError, r"key and value must agree in batch.*key \(2, 2, 8, 16\)"),
+        ({"query": _zeros(2, 4, 8, 16)}, ValueError, r"query and key must agree in batch.*query \(2, 4, 8, 16\)"),
+        ({"key": _zeros(3, 2, 8, 16).half()}, TypeError, "must share a dtype; got torch.float32, key torch.float16"),
+        ({"value": _zeros(3, 2, 8, 16).double()}, TypeError, "share a dtype; got torch.float32, value torch.float64"),
+        ({"value": _zeros(3, 2, 8, 16, device="meta")}, ValueError, "value is on meta, pads on cpu"),
+        ({"key": _zeros(3, 2, 8, 32)}, ValueError, r"query and key must agree in batch and head size"),
+        ({"value": _zeros(3, 2, 9, 16)}, ValueError, r"key and value must agree in batch, heads and length"),
+        ({"value": _zeros(3, 4, 8, 16)}, ValueError, r"key and value must agree in batch, heads and length"),
+        ({"query": _zeros(3, 5, 8, 16)}, ValueError, r"heads of query must be a multiple.*query \(3, 5, 8, 16\)"),
+        (
+            {"query": _zeros(3, 8, 16)},
+            ValueError,
+            r"query must be \(batch, heads, length, head size\).*got \(3, 8, 16\)",
+        ),
+        ({"key": _zeros(3, 8, 16)}, ValueError, r"key must be \(batch, heads, length, head size\)"),
+        ({"query": _zeros(3, 4, 0, 16)}, ValueError, r"none of them 0; got \(3, 4, 0, 16\)"),
+        ({"query": _zeros(0, 4, 8, 16)}, ValueError, r"none of them 0; got \(0, 4, 8, 16\)"),
+        ({"query": _zeros(3, 4, 9, 16)}, ValueError, "query must not be longer than key"),
+        ({"block_mask": _mask(_zeros(3, 9, dtype=torch.bool))}, ValueError, r"block_mask is for \(3, 1, 9, 9\)"),
+        ({"block_mask": _mask(_zeros(3, 8, dtype=torch.bool), 4)}, ValueError, r"block_mask is for \(3, 1, 4, 8\)"),
+        ({"block_mask": _mask(_zeros(2, 8, dtype=torch.bool))}, ValueError, r"block_mask is for \(2, 1, 8, 8\)"),
+        ({"backend": "cuda"}, ValueError, 'backend must be "auto", "triton" or "flash"; got \'cuda\''),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        causal_padded_attention(**_bad(change))
