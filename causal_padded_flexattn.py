@@ -133,33 +133,28 @@ def create_causal_padding_block_mask(
             "with a preallocated cache, pads covers all of it"
         )
 
-    # Comparing the ends of two blocks is exact once padding cannot be compared with: a padded key stands after
-    # every query, a padded query before every key. Without causality all other tokens stand at one place.
-    positions = (
-        torch.arange(kv_len, dtype=torch.int32, device=device) if causal else pads.new_zeros((), dtype=torch.int32)
-    )
-    keys = torch.where(pads, kv_len, positions)  # (B, S)
-    queries = torch.where(pads, -1, positions)  # (B, S)
+    # A padded key stands after every query and a padded query before every key: then comparing the ends of two
+    # blocks is exact. Without causality, all that is not padding stands at one place.
+    positions = torch.arange(kv_len, dtype=torch.int32, device=device)
+    if not causal:
+        positions.zero_()
+    rows = torch.where(pads, -1, positions)  # (B, S)
     if q_len < kv_len:
-        # A captured int would be compiled in: a kernel for every decoding step.
-        if isinstance(q_offset, int):
-            q_offset = torch.full((), q_offset, dtype=torch.int32, device=device)
-        else:
-            q_offset = q_offset.clone()
-        rows = q_offset + torch.arange(q_len, device=device)
-        queries = queries.index_select(1, rows)  # (B, L)
+        # The mask_mod captures tensors: an int would be compiled in, a kernel for every decoding step. And a copy,
+        # since a cache counts its length up in place.
+        q_offset = torch.full((), q_offset, device=device) if isinstance(q_offset, int) else q_offset.clone()
+        rows = rows.index_select(1, q_offset + torch.arange(q_len, device=device))  # (B, L)
         mask_mod = _shift_queries(mask_mod, q_offset, torch.full_like(q_offset, kv_len - 1))
-    first_query, last_query = _block_ends(queries, q_block, -1)  # (B, query blocks)
-    first_key, last_key = _block_ends(keys, kv_block, kv_len)  # (B, key blocks)
-    some = last_query[:, None, :, None] >= first_key[:, None, None, :]  # (B, 1, query blocks, key blocks)
-    full = first_query[:, None, :, None] >= last_key[:, None, None, :]
-    partial = some ^ full  # every full tile is one with some pair
+    first_query, last_query = _block_ends(rows, q_block, -1)  # (B, query blocks)
+    first_key, last_key = _block_ends(torch.where(pads, kv_len, positions), kv_block, kv_len)  # (B, key blocks)
+    # A tile has an allowed pair where last_query >= first_key, and only such where first_query >= last_key.
+    queries, keys = torch.stack([last_query, first_query]), torch.stack([first_key, last_key])
     return BlockMask(
         (q_len, kv_len),
-        *_list_tiles(partial),
-        *_list_tiles(full),
-        *_list_tiles(partial.mT),  # the backward pass goes through the queries of each key
-        *_list_tiles(full.mT),
+        *_list_tiles(torch.ge, queries, keys),
+        # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
+        # wrongly, so these come from the comparison turned round, not from transposed tiles.
+        *_list_tiles(torch.le, keys, queries),
         BLOCK_SIZE=(q_block, kv_block),
         mask_mod=mask_mod,
     )
@@ -180,22 +175,28 @@ def _shift_queries(mask_mod: MaskMod, q_offset: Tensor, last: Tensor) -> MaskMod
 
 def _block_ends(places: Tensor, block: int, outside: int) -> tuple[Tensor, Tensor]:
     """The smallest and the largest place in each block, (B, N) to twice (B, blocks); past the end is `outside`."""
-    places = F.pad(places, (0, -places.shape[1] % block), value=outside)
+    if places.shape[1] % block:
+        places = F.pad(places, (0, -places.shape[1] % block), value=outside)
     smallest, largest = places.unflatten(1, (-1, block)).aminmax(dim=-1)
     return smallest, largest
 
 
-def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """From (B, 1, rows, columns) flags, how many each row has and where, as BlockMask keeps them: int32."""
-    columns = tiles.shape[-1]
-    rank = tiles.cumsum(-1, dtype=torch.int32)
-    counts = rank[..., -1].clone(memory_format=torch.contiguous_format)
-    # The others share the last slot: where there are any, no listed tile needs it.
-    slots = rank.sub_(1).masked_fill_(~tiles, columns - 1)
-    # The kernels for the backward pass read a list that is not contiguous wrongly; zeros_like would keep strides.
-    indices = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
-    numbers = torch.arange(columns, dtype=torch.int32, device=tiles.device).expand(tiles.shape)
-    return counts, indices.scatter_(-1, slots, numbers)
+def _list_tiles(compare: Callable[..., Tensor], rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+    """How many partial tiles each row has, and in which columns; the same of the full tiles.
+
+    From the ends of blocks, (2, B, rows) and (2, B, columns), to twice (B, 1, rows) and (B, 1, rows, columns), int32.
+    """
+    tiles = compare(rows[:, :, None, :, None], columns[:, :, None, None, :])  # those with a pair, those with all
+    tiles[0] ^= tiles[1]  # partial: with a pair, but not all
+    size = columns.shape[-1]
+    rank_dtype = torch.int16 if size < 2**15 else torch.int32  # the largest tensors here: half the memory
+    rank = tiles.cumsum(-1, dtype=rank_dtype)
+    del tiles
+    counts = rank[..., -1].to(torch.int32)
+    # The k-th tile of a row is where the rank first reaches k; slots without a tile repeat the last one.
+    wanted = torch.minimum(torch.arange(1, size + 1, dtype=rank_dtype, device=rank.device), rank[..., -1:])
+    indices = torch.searchsorted(rank, wanted, out_int32=True)
+    return counts[0], indices[0], counts[1], indices[1]
 
 
 # ---- attention ----------------------------------------------------------------------------------------------
