@@ -31,6 +31,7 @@ from causal_padded_flexattn import (
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = [(8, 2048), (8, 4096), (4, 16384), (8, 32768), (8, 131072)]
+BATCHES = 24  # of the stream
 WAYS = {"closed": "closed form", "eager": "create_block_mask", "compiled": "compiled create_block_mask"}
 
 
@@ -101,13 +102,12 @@ def block_mask(folder: Path) -> None:
     save("block_mask", rows, folder)
 
 
-def stream_of(way: str) -> dict[str, object]:
-    """24 batches of random size, forward and backward, in this process."""
+def stream_of(way: str) -> None:
+    """24 batches of random size, forward and backward, in this process; a line of JSON for each."""
     from torch._dynamo.utils import counters  # no public counter of compilations exists
 
-    build, generator, steps = builder(way), torch.Generator().manual_seed(0), []
-    counters.clear()
-    for _ in range(24):
+    build, generator = builder(way), torch.Generator().manual_seed(0)
+    for _ in range(BATCHES):
         batch_size = int(torch.randint(1, 9, (), generator=generator))
         length = int(torch.randint(100, 4097, (), generator=generator))
         pads = right_padding(batch_size, length, generator)
@@ -120,40 +120,42 @@ def stream_of(way: str) -> dict[str, object]:
         output = causal_padded_attention(*inputs, pads, block_mask=build(pads))
         output.backward(torch.ones_like(output))
         torch.cuda.synchronize()
-        steps.append(time.perf_counter() - start)
-    return {
-        "way": WAYS[way],
-        "total_s": sum(steps),
-        "worst_step_s": max(steps),
-        "steps_s": steps,
-        "compilations": counters["stats"]["unique_graphs"],
-    }
+        step = {"seconds": time.perf_counter() - start, "compilations": counters["stats"]["unique_graphs"]}
+        print(json.dumps({"batch_size": batch_size, "length": length, **step}), flush=True)
 
 
-def stream(folder: Path) -> None:
+def stream(folder: Path, ways: list[str], limit: float) -> None:
     rows = []
-    for way in tqdm(WAYS, desc="stream"):
+    for way in tqdm(ways, desc="stream"):
         with tempfile.TemporaryDirectory() as cold:  # each way compiles all it needs
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
-            command = [sys.executable, __file__, "stream-of", "--way", way]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout))
-        tqdm.write(str({key: value for key, value in rows[-1].items() if key != "steps_s"}))
+            command = ["timeout", str(limit), sys.executable, __file__, "stream-of", "--ways", way]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        steps = [json.loads(line) for line in done.stdout.splitlines()]
+        row = {"way": WAYS[way], "batches": len(steps), "steps": steps}
+        if len(steps) == BATCHES:
+            seconds = [step["seconds"] for step in steps]
+            row |= {"total_s": sum(seconds), "worst_step_s": max(seconds), "compilations": steps[-1]["compilations"]}
+        else:
+            row |= {"stopped_after_s": limit}
+        rows.append(row)
+        tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
         save("stream", rows, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["block-mask", "stream", "all", "stream-of"])
-    parser.add_argument("--way", choices=WAYS, default="closed", help="of stream-of, which prints its result")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of the stream")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that a way may take for the stream")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
     if args.what in ("block-mask", "all"):
         block_mask(args.results)
     if args.what in ("stream", "all"):
-        stream(args.results)
+        stream(args.results, args.ways, args.limit)
     if args.what == "stream-of":
-        print(json.dumps(stream_of(args.way)))
+        stream_of(args.ways[0])
 
 
 if __name__ == "__main__":

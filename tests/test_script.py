@@ -56,6 +56,9 @@ def test_report_and_figure(device: str, tmp_path: Path) -> None:
     assert ("float32" if device == "cpu" else "bfloat16") in report
     assert "3 x 200 tokens, 44% of it padding on the left; 4 query and 2 key heads of 32" in report
     assert "12 tiles of 128 x 128: 0 full, 7 partial, 5 skipped" in report
+    memory = r"" if device == "cpu" else r", [\d.]+ MiB at its peak"
+    assert re.search(rf"create_block_mask +[\d.]+ ms{memory}\n +closed form +[\d.]+ ms{memory}\n", report)
+    assert "the same, both ways" in report
     results = ["output"] if device == "cpu" else ["output", "query gradient", "key gradient", "value gradient"]
     for result in results:
         error, own, bound = map(float, re.search(rf"{result} +(\S+) +(\S+) +(\S+)", report).groups())
@@ -71,13 +74,20 @@ def test_the_committed_figure_is_the_one_the_script_draws() -> None:
     assert read_mask(ROOT / "causal_padding_mask.png") == RIGHT
 
 
-@pytest.mark.parametrize("broken", ["causal = lambda b, h, q, k: q > k", "create_padding_mask = lambda pads: m.causal"])
-def test_a_wrong_mask_ends_with_status_one(broken: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "wrong"),
+    [
+        ("causal = lambda b, h, q, k: q > k", "output"),
+        ("create_padding_mask = lambda pads: m.causal", "the block masks, output"),
+        ("_list_tiles = lambda c, r, k, f=m._list_tiles: f(c, r - 1, k)", "the block masks"),
+    ],
+)
+def test_a_wrong_mask_ends_with_status_one(broken: str, wrong: str, tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import causal_padded_flexattn as m; m.{broken}; "
     code += "sys.exit(m.main())"
     done = run("--device", "cpu", *SMALL, "--no-figure", cwd=tmp_path, code=code)
     assert done.returncode == 1
-    assert done.stderr == "FlexAttention and SDPA differ by more than the bound: output\n"
+    assert done.stderr == f"FlexAttention and what it was checked against differ: {wrong}\n"
     assert not list(tmp_path.iterdir())
 
 
