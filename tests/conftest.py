@@ -45,11 +45,15 @@ def with_gradients(attention, inputs, grad_output: Tensor | None) -> list[Tensor
 
 
 def assert_as_exact_as_sdpa(results: list[Tensor], sdpa: list[Tensor], exact: list[Tensor]) -> None:
-    """FlashAttention's habit: at most twice plain PyTorch's error (thrice for gradients), and two roundings."""
+    """FlashAttention's habit: at most twice plain PyTorch's error (thrice for gradients), and two roundings.
+
+    And since flash kernels compute a weight as 2 to the power of a float32 difference of numbers of up to 10 or 20,
+    sixteen roundings of float32, which matter in float32 alone.
+    """
     for i, (ours, plain, truth) in enumerate(zip(results, sdpa, exact, strict=True)):
         error = (ours.double() - truth.double()).abs().max().item()
         plain_error = (plain.double() - truth.double()).abs().max().item()
-        rounding = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-        bound = (3 if i else 2) * plain_error + 2 * rounding
+        rounding = (2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps) * truth.abs().max().item()
+        bound = (3 if i else 2) * plain_error + rounding
         name = ["output", "query gradient", "key gradient", "value gradient"][i]
         assert error <= bound, f"{name}: error {error:.2e}, SDPA's own {plain_error:.2e}, bound {bound:.2e}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -21,11 +22,20 @@ from causal_padded_flexattn import (
 PADDING = ["none", "right", "left", "holes", "empty"]
 
 
+torch._dynamo.config.recompile_limit = 1000  # of all tests together; past it torch would run flex uncompiled
+
+
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compilations() -> Callable[[], int]:
+    """Counts the compilations from here on, starting with none made."""
     torch._dynamo.reset()
     counters.clear()
-    torch.manual_seed(0)
+    return lambda: counters["stats"]["unique_graphs"]
 
 
 def make_pads(padding: str, kv_len: int, device: str, batch_size: int = 3) -> Tensor:
@@ -76,9 +86,6 @@ def check(inputs, grad_output, pads, *, causal=True, scale=None, inference=False
         q_pads = pads[:, pads.shape[1] - query.shape[2] :]
         for result, rows in zip(ours, (q_pads, q_pads, pads, pads), strict=False):
             assert result.isfinite().all() and result.transpose(1, 2)[rows].count_nonzero() == 0
-
-
-# Shapes that share a compilation share a test: each takes about ten seconds on CUDA.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -277,12 +284,8 @@ def test_in_a_compiled_model(device: str, given_mask: bool, safe_padding: bool, 
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def compilations() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 @pytest.mark.cuda
-def test_a_stream_of_shapes_compiles_three_times_at_most() -> None:
+def test_a_stream_of_shapes_compiles_three_times_at_most(compilations: Callable[[], int]) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(24):
         batch_size = int(torch.randint(1, 9, (), generator=generator))
@@ -295,7 +298,7 @@ def test_a_stream_of_shapes_compiles_three_times_at_most() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_decoding_into_a_preallocated_cache_compiles_once(as_tensor: bool) -> None:
+def test_decoding_into_a_preallocated_cache_compiles_once(as_tensor: bool, compilations: Callable[[], int]) -> None:
     (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, 512))
     for i in range(32):
         pads = torch.arange(512, device="cuda").expand(3, 512) > i
@@ -307,7 +310,7 @@ def test_decoding_into_a_preallocated_cache_compiles_once(as_tensor: bool) -> No
 
 
 @pytest.mark.cuda
-def test_a_growing_cache_compiles_three_times_at_most() -> None:
+def test_a_growing_cache_compiles_three_times_at_most(compilations: Callable[[], int]) -> None:
     for length in [*range(2, 20), *range(120, 140), *range(250, 260), 600, 1000]:
         (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, length))
         with torch.no_grad():

@@ -77,6 +77,18 @@ def test_same_as_create_block_mask(device: str, problem, as_tensor: bool) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "block_size"),
+    [(2100, 2100, 16), (1016, 1016, 8), (1024, 1024, 8), (1, 32767, 1), (1, 32768, 1)],
+)
+def test_more_tiles_in_a_row_than_a_small_integer_counts(device: str, q_len: int, kv_len: int, block_size: int) -> None:
+    pads = torch.rand(2, kv_len, device=device) < 0.1
+    pads[1] = False
+    ours = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=block_size)
+    assert_same_block_mask(ours, textbook(pads, q_len, kv_len - q_len, True, block_size))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_defaults(device: str) -> None:
     pads = torch.zeros(2, 300, dtype=torch.bool, device=device)
     pads[0, 120:] = pads[1, :130] = True

@@ -79,7 +79,7 @@ def test_the_committed_figure_is_the_one_the_script_draws() -> None:
     [
         ("causal = lambda b, h, q, k: q > k", "output"),
         ("create_padding_mask = lambda pads: m.causal", "the block masks, output"),
-        ("_list_tiles = lambda c, r, k, f=m._list_tiles: f(c, r - 1, k)", "the block masks"),
+        ("_list_tiles = lambda c, r, k, n, f=m._list_tiles: f(c, r - 1, k, n)", "the block masks"),
     ],
 )
 def test_a_wrong_mask_ends_with_status_one(broken: str, wrong: str, tmp_path: Path) -> None:
