@@ -1,8 +1,9 @@
 """What building the block mask costs, and what a stream of changing shapes costs.
 
-python benchmarks/benchmark.py block-mask | stream | all
+python benchmarks/benchmark.py block-mask | stream | all | table
 
-Results go to benchmarks/results/NAME.json, with the card and the versions they were measured with.
+Results go to benchmarks/results/NAME.json, with the card and the versions they were measured with; `table` prints
+those of the block mask as the README shows them.
 """
 
 import argparse
@@ -143,9 +144,23 @@ def stream(folder: Path, ways: list[str], limit: float) -> None:
         save("stream", rows, folder)
 
 
+def table(folder: Path) -> str:
+    """The block mask's results in Markdown."""
+    result = json.loads((folder / "block_mask.json").read_text())
+    lines = ["| batch x length | `create_block_mask` | closed form |", "|---|---|---|"]
+    cells: dict[str, list[str]] = {}
+    for row in result["results"]:
+        size = f"{row['batch_size']} x {row['kv_len']:,}".replace(",", " ")
+        cell = "out of memory" if "ms" not in row else f"{row['ms']:.2f} ms, {row['peak_mib']:.1f} MiB"
+        cells.setdefault(size, ["", ""])[row["way"] == WAYS["closed"]] = cell
+    lines += [f"| {size} | {textbook} | {closed} |" for size, (textbook, closed) in cells.items()]
+    made_with = f"({result['card']}, driver {result['driver']}, torch {result['torch']}, {result['date']})"
+    return "\n".join([*lines, "", made_with])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["block-mask", "stream", "all", "stream-of"])
+    parser.add_argument("what", choices=["block-mask", "stream", "all", "table", "stream-of"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of the stream")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that a way may take for the stream")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -154,6 +169,8 @@ def main() -> None:
         block_mask(args.results)
     if args.what in ("stream", "all"):
         stream(args.results, args.ways, args.limit)
+    if args.what == "table":
+        print(table(args.results))
     if args.what == "stream-of":
         stream_of(args.ways[0])
 

@@ -337,6 +337,15 @@ def _bad(change: dict) -> dict:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128)])
+def test_flash(sizes: tuple[int, int]) -> None:
+    pytest.importorskip("flash_attn.cute")
+    for padding in ("right", "left"):
+        inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300), sizes=sizes)
+        check(inputs, grad_output, make_pads(padding, 300, "cuda"), backend="flash")
+
+
+@pytest.mark.cuda
 def test_flash_says_what_it_needs() -> None:
     pads = make_pads("right", 8, "cuda")
     inputs, _ = make_inputs("cuda", lengths=(8, 8))

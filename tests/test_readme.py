@@ -1,0 +1,46 @@
+"""What the README shows runs, and is what was measured."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    outputs = []
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        outputs.append(names["output"])
+    textbook, training, decoding = outputs
+    assert textbook.shape == (2, 4, 300, 64)
+    assert training.shape == (2, 8, 300, 64)
+    for output in (textbook, training):
+        assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
+    assert decoding.shape == (2, 8, 1, 64) and decoding.isfinite().all() and decoding.count_nonzero() > 0
+
+
+def test_the_textbook_mask_is_that_of_the_module() -> None:
+    from causal_padded_flexattn import create_causal_padding_block_mask
+
+    names: dict = {}
+    block = re.search(r"^```python\n(.*?)^query", README, re.MULTILINE | re.DOTALL).group(1)
+    exec(compile(block, "README.md", "exec"), names)
+    ours, theirs = create_causal_padding_block_mask(names["pads"]), names["block_mask"]
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
+    assert torch.equal(ours.full_q_num_blocks, theirs.full_q_num_blocks)
+
+
+def test_the_figures_are_those_of_a_run() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert (results / "report.txt").read_text().rstrip() in README
+    command = [sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "table"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.rstrip() in README
