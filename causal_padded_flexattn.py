@@ -526,6 +526,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 when the checks hold, 1 when they do not. Unusable arguments exit with 2.
     """
     args = _parse(argv)
+    # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
+    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     device, dtype, on_cuda = torch.device(args.device), getattr(torch, args.dtype), args.device == "cuda"
     batch_size, max_seq_len = len(args.lengths), args.max_seq_len
     pads = _pads(args.lengths, max_seq_len, args.padding_side, device)  # (B, S)
@@ -561,8 +563,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("", f"{name:<20}{_wall_ms(build):.2f} ms{memory}")
     say("", "not the same" if wrong else "the same, both ways")
 
-    # One kernel does not repay precompiling C++ headers (on the CPU).
-    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     say("compile", f"flex_attention, forward{' and backward' if on_cuda else ''} ...")
     compiled, grouped = torch.compile(flex_attention, dynamic=False), args.heads != args.kv_heads
     options = _kernel_options(query, key)
