@@ -10,10 +10,12 @@ import torch
 from conftest import DEVICES, assert_as_exact_as_sdpa, exact_attention, explicit_mask, with_gradients
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from causal_padded_flexattn import (
     _flash_obstacle,
+    causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
     sdpa_reference,
@@ -89,10 +91,10 @@ def check(inputs, grad_output, pads, *, causal=True, scale=None, inference=False
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_padding(device: str, causal: bool) -> None:
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding(device: str, is_causal: bool) -> None:
     for padding in PADDING:
-        check(*make_inputs(device), make_pads(padding, 200, device), causal=causal, inference=True)
+        check(*make_inputs(device), make_pads(padding, 200, device), causal=is_causal, inference=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -428,6 +430,11 @@ _mask = create_causal_padding_block_mask
             {"block_mask": _mask(_zeros(2, 8, dtype=torch.bool))},
             ValueError,
             r"block_mask must fit: build it.*block_mask \(2, 1, 8, 8\)",
+        ),
+        (
+            {"block_mask": create_block_mask(causal, 3, 3, 8, 8, "cpu")},
+            ValueError,
+            r"block_mask must fit: build it.*block_mask \(3, 3, 8, 8\)",
         ),
         ({"backend": "cuda"}, ValueError, 'backend must be "auto", "triton" or "flash"; got \'cuda\''),
     ],

@@ -115,6 +115,13 @@ def test_a_tensor_offset_may_change_afterwards() -> None:
     assert torch.equal(mask[:, 0], explicit_mask(pads, 1, 3))
 
 
+def test_rows_past_the_queries_may_be_asked_for() -> None:
+    # As compiled kernels do on the CPU, for the rest of a block.
+    pads = torch.zeros(1, 300, dtype=torch.bool)
+    mask = create_mask(create_causal_padding_block_mask(pads, 10).mask_mod, 1, 1, 128, 300, "cpu")
+    assert torch.equal(mask[:, 0, :10], explicit_mask(pads, 10))
+
+
 def test_no_int_is_captured() -> None:
     # A captured int is compiled in, and every decoding step would compile again.
     def captured(function) -> list:
