@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import sys
 import time
@@ -191,7 +192,9 @@ def _block_ends(places: Tensor, block: int, outside: int) -> Sequence[Tensor]:
     return places.view(places.shape[0], 1, -1, block).aminmax(dim=-1, keepdim=True)
 
 
-def _list_tiles(compare: Callable[..., Tensor], rows: Tensor, columns: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+def _list_tiles(
+    compare: Callable[..., Tensor], rows: Tensor, columns: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How many partial tiles each row has, and in which columns; then the same of the full tiles.
 
     Ends of blocks, (2, B, 1, rows, 1) and (2, B, 1, columns, 1), and the numbers from 1, to twice (B, 1, rows) and
@@ -450,7 +453,8 @@ def _wall_ms(run: Callable[[], object]) -> float:
 def _device_ms(run: Callable[[], object]) -> float:
     if not torch.cuda.is_available():
         return _wall_ms(run)
-    from triton.testing import do_bench  # device events, warm-up, a cold L2 cache before each run
+    # Device events, warm-up, and a cold L2 cache before each run.
+    from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
     return do_bench(run, return_mode="median")
 
@@ -500,15 +504,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.lengths and args.batch_size not in (None, len(args.lengths)):
         parser.error(f"--lengths has {len(args.lengths)} sequences: leave --batch-size {args.batch_size} out")
     sizes = ("bfloat16", 8, 16, 4096) if args.device == "cuda" else ("float32", 4, 4, 512)
-    for name, size in zip(("dtype", "batch_size", "heads", "max_seq_len"), sizes, strict=True):
-        setattr(args, name, getattr(args, name) or size)
-    args.kv_heads = args.kv_heads or args.heads
+    dtype, batch_size, heads, max_seq_len = sizes
+    args.dtype, args.heads = args.dtype or dtype, args.heads or heads
+    args.kv_heads, args.max_seq_len = args.kv_heads or args.heads, args.max_seq_len or max_seq_len
     if args.heads % args.kv_heads:
         parser.error(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
     torch.manual_seed(args.seed)
     if not args.lengths:
         shortest = max(1, args.max_seq_len // 8)
-        args.lengths = torch.randint(shortest, args.max_seq_len + 1, [args.batch_size]).tolist()
+        args.lengths = torch.randint(shortest, args.max_seq_len + 1, (args.batch_size or batch_size,)).tolist()
     if max(args.lengths) > args.max_seq_len:
         parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
@@ -528,6 +532,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
     os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    # That a CUDA toolkit is there, but no card, is nothing to act on.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     device, dtype, on_cuda = torch.device(args.device), getattr(torch, args.dtype), args.device == "cuda"
     batch_size, max_seq_len = len(args.lengths), args.max_seq_len
     pads = _pads(args.lengths, max_seq_len, args.padding_side, device)  # (B, S)
