@@ -6,7 +6,8 @@
 
 Sequences of different lengths are padded to one length. `create_padding_mask` tells FlexAttention which
 tokens are padding, `causal` which keys a query may see; a `BlockMask` of the two lets the kernel skip every
-128 x 128 tile of scores in which nothing is allowed.
+128 x 128 tile of scores in which nothing is allowed. FlexAttention: https://arxiv.org/abs/2412.05496 and
+https://pytorch.org/blog/flexattention/.
 
 `python causal_padded_flexattn.py` shows it at work: it checks the outputs and gradients against
 `scaled_dot_product_attention` with an explicit mask, times both, and draws the mask.
@@ -105,7 +106,7 @@ def create_causal_padding_block_mask(
     """Build in closed form the BlockMask that `create_block_mask` finds by evaluating every score.
 
     It depends on the padding alone: build it once for a batch and hand it to every layer. Nothing here waits
-    for the device or compiles, and no tensor holds more than a number for each tile.
+    for the device or compiles, and it takes memory for the tokens and the tiles, not for the scores.
 
     Args:
         pads: (B, S), torch.bool, True where the key is padding, as a cache is where it is not written yet.
@@ -120,8 +121,8 @@ def create_causal_padding_block_mask(
         A BlockMask of shape (B, 1, L, S), for any number of heads.
 
     Raises:
-        TypeError: `pads` is not torch.bool, or `q_offset` no integer.
-        ValueError: `pads` is not two-dimensional, or the queries do not lie among the keys.
+        TypeError: `pads` is not torch.bool, or `q_offset` neither an int nor a 0-d integer tensor beside it.
+        ValueError: `pads` is not two-dimensional or is empty, or the queries do not lie among the keys.
     """
     mask_mod = _mask_mod(pads, causal)
     kv_len, device = pads.shape[1], pads.device
@@ -287,10 +288,10 @@ def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> Flex
         return None  # and torch takes its decoding kernel
     if backend == "flash":
         return {"BACKEND": "FLASH"}
-    # Left to itself torch takes the decoding kernel for up to 127 queries, and ends in an error from 129 rows on.
+    # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
     options: FlexKernelOptions = {"BACKEND": "TRITON"}
     if query.shape[3] <= 64 and query.element_size() == 2:
-        # The default is 128 on an H100, whose registers that overflows: 3.3 ms instead of 0.45 at B8 H16 S4096 D64.
+        # torch takes 128 on an H100, which spills registers: 3.3 ms where 64 takes 0.45 (B8 H16 S4096 D64, torch 2.11).
         options["fwd_BLOCK_N"] = 64  # type: ignore[typeddict-unknown-key]
     return options
 
@@ -317,23 +318,20 @@ def _check_inputs(
         if x.device != pads.device:
             raise ValueError(f"{name} is on {x.device}, pads on {pads.device}: move them to one device")
     (batch_size, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
-    mask_shape = (batch_size, 1, q_len, kv_len) if block_mask is None else block_mask.shape
-    problem = None
-    if key.shape[:3] != value.shape[:3]:
-        problem = "key and value must agree in batch, heads and length"
-    elif (batch_size, head_dim) != (key.shape[0], key.shape[3]):
-        problem = "query and key must agree in batch and head size"
-    elif q_heads % kv_heads:
-        problem = "the heads of query must be a multiple of those of key and value"
-    elif pads.shape != (batch_size, kv_len):
-        problem = "pads must have one flag for each key, also for those in a cache"
-    elif q_len > kv_len:
-        problem = "query must not be longer than key: the queries are the last tokens"
-    elif mask_shape[0] not in (1, batch_size) or mask_shape[1] not in (1, q_heads) or mask_shape[2:] != (q_len, kv_len):
-        problem = "block_mask must fit: build it with create_causal_padding_block_mask(pads, query.shape[2])"
-    if problem:
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        raise ValueError(f"{problem}; got {shapes}, pads {tuple(pads.shape)}, block_mask {tuple(mask_shape)}")
+    masks, mask_heads, *mask_lengths = (1, 1, q_len, kv_len) if block_mask is None else block_mask.shape
+    fits = masks in (1, batch_size) and mask_heads in (1, q_heads) and mask_lengths == [q_len, kv_len]
+    for holds, rule in (
+        (key.shape[:3] == value.shape[:3], "key and value must agree in batch, heads and length"),
+        ((batch_size, head_dim) == (key.shape[0], key.shape[3]), "query and key must agree in batch and head size"),
+        (q_heads % kv_heads == 0, "the heads of query must be a multiple of those of key and value"),
+        (pads.shape == (batch_size, kv_len), "pads must have one flag for each key, also for those in a cache"),
+        (q_len <= kv_len, "query must not be longer than key: the queries are the last tokens"),
+        (fits, "block_mask must fit: build it with create_causal_padding_block_mask(pads, query.shape[2])"),
+    ):
+        if not holds:
+            shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            block_shape = f", block_mask {tuple(block_mask.shape)}" if block_mask is not None else ""
+            raise ValueError(f"{rule}; got {shapes}, pads {tuple(pads.shape)}{block_shape}")
     if backend not in ("auto", "triton", "flash"):
         raise ValueError(f'backend must be "auto", "triton" or "flash"; got {backend!r}')
     if backend == "flash" and (obstacle := _flash_obstacle(query, key, value)):
@@ -451,8 +449,6 @@ def _wall_ms(run: Callable[[], object]) -> float:
 
 
 def _device_ms(run: Callable[[], object]) -> float:
-    if not torch.cuda.is_available():
-        return _wall_ms(run)
     # Device events, warm-up, and a cold L2 cache before each run.
     from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
@@ -592,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error, own_error = ((x - torch.cat(truth)).abs().max().item() for x in (ours, own))
         # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and two roundings. And 16 of
         # float32, in which a weight is 2 to the power of a difference of numbers of up to 10 or 20.
-        rounding = (2 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * ours.abs().max().item()
+        rounding = (2 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * own.abs().max().item()
         bound = (2 if name == "output" else 3) * own_error + rounding
         say("", f"{name:<16}{error:.1e}   {own_error:.1e}   {bound:.1e}")
         if not error <= bound:
@@ -600,7 +596,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     say("time", "medians ...")
     for name, passes in [("forward", None)] + ([("with backward", grad)] if on_cuda else []):
-        ours_ms, own_ms = (_device_ms(partial(_attend, attention, inputs, passes)) for attention in (flex, sdpa))
+        measure = _device_ms if on_cuda else _wall_ms
+        ours_ms, own_ms = (measure(partial(_attend, attention, inputs, passes)) for attention in (flex, sdpa))
         times = f"flex {ours_ms:.2f} ms, SDPA with the explicit mask {own_ms:.2f} ms"
         say("", f"{name:<16}{times}: {own_ms / ours_ms:.1f} x")
 
