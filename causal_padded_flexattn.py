@@ -151,7 +151,7 @@ def create_causal_padding_block_mask(
     if q_len < kv_len:
         # The mask_mod captures tensors: an int would be compiled in, a kernel for every decoding step. And a copy,
         # since a cache counts its length up in place.
-        q_offset = torch.full((), q_offset, device=device) if isinstance(q_offset, int) else q_offset.clone()
+        q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else torch.full((), q_offset, device=device)
         rows = torch.arange(q_len, device=device) + q_offset
         query_places = query_places.index_select(1, rows)  # (B, L)
         mask_mod = _shift_queries(mask_mod, q_offset, torch.full_like(q_offset, kv_len - 1))

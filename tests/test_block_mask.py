@@ -99,6 +99,18 @@ def test_defaults(device: str) -> None:
     assert_same_block_mask(create_causal_padding_block_mask(pads, q_offset=260), last)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [300, 150])
+def test_pads_in_any_layout(device: str, q_len: int) -> None:
+    pads = torch.rand(300, 3, device=device) < 0.3
+    plain = create_causal_padding_block_mask(pads.T.contiguous(), q_len)
+    assert_same_block_mask(create_causal_padding_block_mask(pads.T, q_len), plain)
+    assert_same_block_mask(
+        create_causal_padding_block_mask(pads.T[:1].expand(3, 300), q_len),
+        create_causal_padding_block_mask(pads.T[:1].repeat(3, 1), q_len),
+    )
+
+
 def test_without_padding_it_is_the_causal_mask() -> None:
     ours = create_causal_padding_block_mask(torch.zeros(1, 1000, dtype=torch.bool))
     assert_same_block_mask(ours, create_block_mask(causal, 1, None, 1000, 1000, device="cpu"))
