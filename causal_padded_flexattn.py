@@ -355,6 +355,50 @@ def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
+def transformers_block_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskMod | None = None,
+    attention_mask: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    **kwargs: object,
+) -> BlockMask:
+    """Build the block masks of Hugging Face transformers in closed form, where they are causal and padded.
+
+    `AttentionMaskInterface.register("flex_attention", transformers_block_mask)` lets every model that was loaded with
+    attn_implementation="flex_attention" use it. Padded queries then attend to nothing; transformers lets them see.
+
+    Args:
+        batch_size, q_length, kv_length: B, L and S.
+        q_offset, kv_offset: positions of the first query and of the first key, as caches have them.
+        mask_function: what transformers wants masked. For any but its causal_mask_function, or None, which means the
+            same, transformers builds the mask as it does without us.
+        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding; none is when None.
+        device: where the mask is built when there is no attention_mask.
+        kwargs: handed on with the rest where transformers builds the mask.
+
+    Returns:
+        A BlockMask of shape (B, 1, L, S).
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.
+    """
+    from transformers.masking_utils import causal_mask_function, flex_attention_mask
+
+    if mask_function not in (None, causal_mask_function):
+        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)
+    if attention_mask is None:
+        pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
+        pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
+    return create_causal_padding_block_mask(pads, q_length, q_offset=q_offset - kv_offset)
+
+
 # ---- the reference ------------------------------------------------------------------------------------------
 
 

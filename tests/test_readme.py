@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers.masking_utils import flex_attention_mask
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -13,13 +14,16 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_code_runs() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     outputs = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-        outputs.append(names["output"])
-    textbook, training, decoding = outputs
+        outputs.append(names.pop("output", None))
+    textbook, training, decoding, _ = outputs
+    registered = names["AttentionMaskInterface"]
+    assert registered()["flex_attention"] is names["transformers_block_mask"]
+    registered.register("flex_attention", flex_attention_mask)
     assert textbook.shape == (2, 4, 300, 64)
     assert training.shape == (2, 8, 300, 64)
     for output in (textbook, training):
