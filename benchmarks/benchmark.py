@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from causal_padded_flexattn import (
+    _pads,
+    _peak_mib,
     causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
@@ -53,8 +56,8 @@ def save(name: str, result: object, folder: Path) -> None:
 
 def right_padding(batch_size: int, kv_len: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """(B, S): lengths between an eighth of kv_len and all of it, about 44 % padding."""
-    lengths = torch.randint(kv_len // 8, kv_len + 1, (batch_size, 1), generator=generator)
-    return (torch.arange(kv_len) >= lengths).cuda()
+    lengths = torch.randint(kv_len // 8, kv_len + 1, (batch_size,), generator=generator)
+    return _pads(lengths.tolist(), kv_len, "right", "cuda")
 
 
 def build_eagerly(pads: torch.Tensor, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
@@ -79,12 +82,12 @@ def measure_build(build: Callable[[torch.Tensor], BlockMask], pads: torch.Tensor
         build(pads)
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) * 1e3)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    build(pads)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     quartiles = statistics.quantiles(samples, n=4)
-    return {"ms": statistics.median(samples), "quartiles_ms": [quartiles[0], quartiles[2]], "peak_mib": peak}
+    return {
+        "ms": statistics.median(samples),
+        "quartiles_ms": [quartiles[0], quartiles[2]],
+        "peak_mib": _peak_mib(partial(build, pads)),
+    }
 
 
 def block_mask(folder: Path) -> None:
