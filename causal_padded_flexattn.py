@@ -111,7 +111,7 @@ def create_causal_padding_block_mask(
     Args:
         pads: (B, S), torch.bool, True where the key is padding, as a cache is where it is not written yet.
             Attention reads it again: leave it unchanged until the backward pass is done.
-        q_len: L, the number of queries; all that fit when None.
+        q_len: L, the number of queries; all that fit when None, which a tensor q_offset rules out.
         q_offset: position of the first query among the keys; S - L when None, so that the queries are the last
             tokens. A 0-d integer tensor is not checked: that would wait for the device.
         causal: whether a query sees only the keys up to its own position.
@@ -130,7 +130,8 @@ def create_causal_padding_block_mask(
     if isinstance(q_offset, Tensor):
         if q_offset.dim() or q_offset.is_floating_point() or q_offset.device != device:
             raise TypeError(f"q_offset must be an int or a 0-d integer tensor on {device}; got {q_offset!r}")
-        q_len = kv_len if q_len is None else q_len
+        if q_len is None:
+            raise ValueError("q_len must be given beside a tensor q_offset, which is not read; got None: pass the int")
         fits = 1 <= q_len <= kv_len
     else:
         q_len = kv_len - (q_offset or 0) if q_len is None else q_len
@@ -283,11 +284,11 @@ def _compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
 
 
 def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> FlexKernelOptions | None:
-    rows = query.shape[2] * query.shape[1] // key.shape[1]
-    if not query.is_cuda or (backend != "flash" and (query.shape[2] == 1 or rows <= 16)):
-        return None  # and torch takes its decoding kernel
     if backend == "flash":
         return {"BACKEND": "FLASH"}
+    rows = query.shape[2] * query.shape[1] // key.shape[1]
+    if not query.is_cuda or query.shape[2] == 1 or rows <= 16:
+        return None  # and torch takes its decoding kernel
     # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
     options: FlexKernelOptions = {"BACKEND": "TRITON"}
     if query.shape[3] <= 64 and query.element_size() == 2:

@@ -186,6 +186,7 @@ PADS = torch.zeros(2, 100, dtype=torch.bool)
         ({"q_offset": -1}, ValueError, "among the 100 keys.*q_offset=-1"),
         ({"q_offset": 100}, ValueError, "among the 100 keys.*q_offset=100"),
         ({"q_len": 10, "q_offset": 91}, ValueError, "among the 100 keys.*q_len=10, q_offset=91"),
+        ({"q_offset": torch.tensor(5)}, ValueError, "q_len must be given beside a tensor q_offset"),
         ({"q_len": 10, "q_offset": torch.zeros(2, dtype=int)}, TypeError, "q_offset must be an int or a 0-d integer"),
         ({"q_len": 10, "q_offset": torch.tensor(1.0)}, TypeError, r"a 0-d integer tensor on cpu; got tensor\(1\.\)"),
         ({"q_len": 10, "q_offset": torch.tensor(1, device="meta")}, TypeError, "a 0-d integer tensor on cpu.*meta"),
