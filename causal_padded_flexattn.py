@@ -156,19 +156,28 @@ def create_causal_padding_block_mask(
         rows = torch.arange(q_len, device=device) + q_offset
         query_places = query_places.index_select(1, rows)  # (B, L)
         mask_mod = _shift_queries(mask_mod, q_offset, torch.full_like(q_offset, kv_len - 1))
-    first_query, last_query = _block_ends(query_places, q_block, -1)
-    first_key, last_key = _block_ends(torch.add(places, pads, alpha=kv_len), kv_block, kv_len)
-    # A tile has an allowed pair where last_query >= first_key, and no other where first_query >= last_key.
-    queries, keys = torch.stack((last_query, first_query)), torch.stack((first_key, last_key))
+    # A tile has an allowed pair where its last query >= its first key, and no other where its first query >= its last
+    # key: these are (last, first) of the queries and (first, last) of the keys.
+    queries = _block_ends(query_places, q_block, -1, last_first=True)
+    keys = _block_ends(torch.add(places, pads, alpha=kv_len), kv_block, kv_len)
     blocks = max(queries.shape[3], keys.shape[3])
     dtype = torch.int8 if blocks < 2**7 else torch.int16 if blocks < 2**15 else torch.int32  # no wider than it need be
     numbers = torch.arange(1, blocks + 1, dtype=dtype, device=device)
+    list_tiles = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
+    counts, indices = list_tiles(queries, keys, numbers, False)
+    # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous wrongly, so
+    # these come from the comparison turned round, not from transposed tiles.
+    q_counts, q_indices = list_tiles(keys, queries, numbers, True)
     return BlockMask(
         (q_len, kv_len),
-        *_list_tiles(torch.ge, queries, keys, numbers),
-        # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
-        # wrongly, so these come from the comparison turned round, not from transposed tiles.
-        *_list_tiles(torch.le, keys, queries, numbers),
+        kv_num_blocks=counts[0],
+        kv_indices=indices[0],
+        full_kv_num_blocks=counts[1],
+        full_kv_indices=indices[1],
+        q_num_blocks=q_counts[0],
+        q_indices=q_indices[0],
+        full_q_num_blocks=q_counts[1],
+        full_q_indices=q_indices[1],
         BLOCK_SIZE=(q_block, kv_block),
         mask_mod=mask_mod,
     )
@@ -187,22 +196,25 @@ def _shift_queries(mask_mod: MaskMod, q_offset: Tensor, last: Tensor) -> MaskMod
     return shifted
 
 
-def _block_ends(places: Tensor, block: int, outside: int) -> Sequence[Tensor]:
-    """The smallest and the largest place in each block: (B, N) to twice (B, 1, blocks, 1); past N is `outside`."""
+def _block_ends(places: Tensor, block: int, outside: int, last_first: bool = False) -> Tensor:
+    """The first and the last place in each block: (B, N) to (2, B, 1, blocks, 1); past N is `outside`."""
     if places.shape[1] % block:
         places = F.pad(places, (0, -places.shape[1] % block), value=outside)
-    return places.view(places.shape[0], 1, -1, block).aminmax(dim=-1, keepdim=True)
+    places = places.view(places.shape[0], 1, -1, block)
+    ends = places.new_empty(2, *places.shape[:-1], 1)
+    torch.aminmax(places, dim=-1, keepdim=True, out=(ends[int(last_first)], ends[int(not last_first)]))
+    return ends
 
 
-def _list_tiles(
-    compare: Callable[..., Tensor], rows: Tensor, columns: Tensor, numbers: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _list_tiles(rows: Tensor, columns: Tensor, numbers: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """How many partial tiles each row has, and in which columns; then the same of the full tiles.
 
-    Ends of blocks, (2, B, 1, rows, 1) and (2, B, 1, columns, 1), and the numbers from 1, to twice (B, 1, rows) and
-    (B, 1, rows, columns). It costs launches more than work: few operations, both lists in each.
+    Ends of blocks, (2, B, 1, rows, 1) and (2, B, 1, columns, 1), and the numbers from 1, to (2, B, 1, rows) and
+    (2, B, 1, rows, columns). It costs launches more than work: few operations, both lists in each.
     """
-    tiles = compare(rows, columns.mT).view(torch.int8)  # (2, B, 1, rows, columns): a pair allowed, no other
+    # (2, B, 1, rows, columns): a pair allowed, no other; int8, since cumsum would copy booleans
+    tiles = rows.new_empty(*rows.shape[:-1], columns.shape[-2], dtype=torch.int8)
+    (torch.le if transposed else torch.ge)(rows, columns.mT, out=tiles)
     some, full = tiles.unbind()
     some ^= full  # partial
     rank = tiles.cumsum(-1, dtype=numbers.dtype)
@@ -210,8 +222,13 @@ def _list_tiles(
     # The k-th tile of a row is where its rank first reaches k; what is left of the row repeats the last one.
     count = rank.select(-1, -1)
     wanted = torch.minimum(numbers[: rank.shape[-1]], count.unsqueeze(-1))
-    indices, counts = torch.searchsorted(rank, wanted, out_int32=True), count.int().contiguous()
-    return counts[0], indices[0], counts[1], indices[1]
+    return count.int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
+
+
+# In a graph of the caller's, the compiler would lay the lists out as it likes, and flex read them as if contiguous:
+# wrong results. What happens within an operator of its own the compiler does not see.
+_opaque_list_tiles = torch.library.custom_op("causal_padded_flexattn::list_tiles", _list_tiles, mutates_args=())
+_opaque_list_tiles.register_fake(_list_tiles)
 
 
 # ---- attention ----------------------------------------------------------------------------------------------
