@@ -1,12 +1,13 @@
-"""What building the block mask costs, and what a stream of changing shapes costs.
+"""What causal attention over a padded batch costs, each way of doing it; and what its block mask costs.
 
-python benchmarks/benchmark.py block-mask | stream | all | table
+python benchmarks/benchmark.py attention | scaling | block-mask | stream | all      measure, on a CUDA card
+python benchmarks/benchmark.py table | plot                                         show what was measured
 
-Results go to benchmarks/results/NAME.json, with the card and the versions they were measured with; `table` prints
-those of the block mask as the README shows them.
+Results go to benchmarks/results/NAME.json, with the card and the versions they were measured with.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -14,17 +15,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from causal_padded_flexattn import (
+    _attend,
+    _compiled_flex_attention,
+    _flash_obstacle,
+    _kernel_options,
     _pads,
     _peak_mib,
     causal,
@@ -34,45 +44,334 @@ from causal_padded_flexattn import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, object]
+
+
+def versions(device: str) -> Row:
+    found: Row = {"date": date.today().isoformat(), "torch": torch.__version__, "card": "CPU"}
+    for package in ("triton", "flash-attn-4"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        found["card"] = torch.cuda.get_device_name()
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def save(name: str, result: Sequence[Row], folder: Path, device: str = "cuda", **more: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**versions(device), **more, "results": result}, indent=1) + "\n")
+
+
+# ---- attention ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    batch_size: int
+    kv_len: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    padding: int  # percent of the tokens
+    side: str
+
+    def lengths(self) -> list[int]:
+        """Evenly spread about their mean, which leaves that much padding; up to the whole length at 40 %."""
+        real = 1 - self.padding / 100
+        spread = min(1 - real, 0.9 * real)
+        return [
+            max(1, round(self.kv_len * share))
+            for share in torch.linspace(real - spread, real + spread, self.batch_size).tolist()
+        ]
+
+    def flops(self) -> int:
+        """Of the forward pass: two matrix products, for the pairs that the mask allows."""
+        pairs = sum(length * (length + 1) // 2 for length in self.lengths())
+        return 4 * self.heads * self.head_dim * pairs
+
+    def __str__(self) -> str:
+        heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
+        padding = f"{self.padding} % {self.side} padding" if self.padding else "no padding"
+        return f"B{self.batch_size} S{self.kv_len} {heads} D{self.head_dim}, {padding}"
+
+
+class _Pack(torch.autograd.Function):
+    """index_select whose backward pass writes, as FlashAttention's does, where torch's own adds."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.length = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.length, *grad.shape[1:]).index_copy_(0, rows, grad), None
+
+
+class NotMeasuredError(Exception):
+    """Why a way cannot be measured here, or would compute something else."""
+
+
+class Batch:
+    """The tensors of a case: as models have them, (B, H, S, D) views of (B, S, H, D); and packed, (T, H, D)."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.case, self.device = case, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.pads = _pads(case.lengths(), case.kv_len, case.side, device)  # (B, S)
+        self.real = (~self.pads).flatten().nonzero().squeeze(1)  # (T,)
+        self.cumulative = F.pad((~self.pads).sum(1).cumsum(0), (1, 0)).int()  # (B + 1,)
+
+        def tensor(heads: int) -> Tensor:
+            shape = (case.batch_size, case.kv_len, heads, case.head_dim)
+            return torch.randn(shape, device=device, dtype=self.dtype, generator=generator).transpose(1, 2)
+
+        self.inputs = [tensor(case.heads), tensor(case.kv_heads), tensor(case.kv_heads)]
+        self.grad_output = tensor(case.heads).masked_fill(self.pads[:, None, :, None], 0.0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, H, S, D) to (T, H, D): the real tokens alone."""
+        return _Pack.apply(x.transpose(1, 2).flatten(0, 1), self.real)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(T, H, D) to (B, H, S, D): zeros where padding is."""
+        rows = x.new_zeros(self.pads.numel(), *x.shape[1:]).index_copy(0, self.real, x)
+        return rows.unflatten(0, self.pads.shape).transpose(1, 2)
+
+    def reference(self, dtype: torch.dtype) -> list[Tensor]:
+        """The output and the gradients, packed: each sequence alone, in that dtype, nothing but causality left."""
+        results = []
+        packed = [self.pack(x).to(dtype) for x in (*self.inputs, self.grad_output)]
+        for *inputs, grad in zip(*(x.split(self.case.lengths()) for x in packed), strict=True):
+            group = self.case.heads // self.case.kv_heads
+
+            def attention(query: Tensor, key: Tensor, value: Tensor, group: int = group) -> Tensor:
+                key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+                views = (x.transpose(0, 1)[None] for x in (query, key, value))
+                return F.scaled_dot_product_attention(*views, is_causal=True)[0].transpose(0, 1)
+
+            results.append(_attend(attention, inputs, grad))
+        return [torch.cat(x) for x in zip(*results, strict=True)]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
+    if backend == "flash" and (obstacle := _flash_obstacle(*batch.inputs)):
+        raise NotMeasuredError(obstacle)
+    block_mask = create_causal_padding_block_mask(batch.pads)
+    if dynamic:
+        if batch.device == "cpu":
+            raise NotMeasuredError("needs CUDA")
+        compiled, options = torch.compile(flex_attention, dynamic=True), _kernel_options(*batch.inputs[:2])
+        grouped = batch.case.heads != batch.case.kv_heads
+        return partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
+    return partial(causal_padded_attention, pads=batch.pads, block_mask=block_mask, backend=backend)
+
+
+def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
+    if batch.device == "cpu":
+        raise NotMeasuredError("needs CUDA")
+    if not explicit and batch.case.side == "left":
+        raise NotMeasuredError("does not mask left padding")
+    group = batch.case.heads // batch.case.kv_heads
+    mask = (~batch.pads[:, :, None] & ~batch.pads[:, None, :]).tril()[:, None] if explicit else None
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if kernel == SDPBackend.EFFICIENT_ATTENTION:  # which knows nothing of groups
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=not explicit, enable_gqa=query.shape[1] != key.shape[1]
+            )
+
+    return attention
+
+
+def varlen(batch: Batch, package: str) -> Attention:
+    if batch.device == "cpu":
+        raise NotMeasuredError("needs CUDA")
+    longest = max(batch.case.lengths())
+    if package == "torch":
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = (batch.cumulative, batch.cumulative, longest, longest)
+        return lambda *inputs: varlen_attn(*inputs, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError:
+        raise NotMeasuredError("flash-attn-4 is not installed") from None
+    lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
+    lengths |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
+    return lambda *inputs: flash_attn_varlen_func(*inputs, causal=True, **lengths)[0]
+
+
+def documents(batch: Batch) -> Attention:
+    if batch.device == "cpu":
+        raise NotMeasuredError("needs CUDA")
+    tokens = len(batch.real)
+    document = batch.real // batch.case.kv_len  # (T,)
+    mask_mod = and_masks(causal, lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx])
+    block_mask = create_block_mask(mask_mod, 1, None, tokens, tokens, device=batch.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    grouped = batch.case.heads != batch.case.kv_heads
+
+    def attention(*inputs: Tensor) -> Tensor:
+        query, key, value = (x.transpose(0, 1)[None] for x in inputs)  # (1, H, T, D)
+        options = _kernel_options(query, key)
+        output = compiled(query, key, value, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
+        return output[0].transpose(0, 1)
+
+    return attention
+
+
+# What is computed, from what: (how to make it of a batch, whether its inputs are packed, whether it packs them).
+WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
+    "ours, auto": (partial(ours, backend="auto"), False, False),
+    "ours, Triton": (partial(ours, backend="triton"), False, False),
+    "ours, Triton compiled for changing shapes": (partial(ours, backend="triton", dynamic=True), False, False),
+    "ours, FLASH": (partial(ours, backend="flash"), False, False),
+    "SDPA, explicit mask, efficient": (
+        partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION, explicit=True),
+        False,
+        False,
+    ),
+    "SDPA, explicit mask, cuDNN": (partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION, explicit=True), False, False),
+    "SDPA, is_causal, cuDNN, computes the padding": (
+        partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION, explicit=False),
+        False,
+        False,
+    ),
+    "FlashAttention-2 varlen (torch), padded to padded": (partial(varlen, package="torch"), False, True),
+    "FlashAttention-2 varlen (torch), already packed": (partial(varlen, package="torch"), True, False),
+    "FlashAttention-4 varlen, padded to padded": (partial(varlen, package="flash-attn-4"), False, True),
+    "FlashAttention-4 varlen, already packed": (partial(varlen, package="flash-attn-4"), True, False),
+    "flex, document mask, already packed": (documents, True, False),
+}
+
+
+def quartiles(run: Callable[[], object], device: str) -> list[float]:
+    """Milliseconds: the first quartile, the median and the third; on CUDA with a cold L2 cache."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, quantiles=[0.25, 0.5, 0.75])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.quantiles(times, n=4)
+
+
+def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) -> Row:
+    make, packed, packs = WAYS[way]
+    torch._dynamo.reset()  # so that the shapes of this case are compiled in, as in a model that keeps to one shape
+    _compiled_flex_attention.cache_clear()
+    attention = make(batch)
+    if packs:
+        inner = attention
+        attention = lambda *inputs: batch.unpack(inner(*map(batch.pack, inputs)))  # noqa: E731
+    inputs = [batch.pack(x) if packed else x for x in batch.inputs]
+    grad = batch.pack(batch.grad_output) if packed else batch.grad_output
+    results = _attend(attention, inputs, grad)
+    errors = []
+    for ours_, truth, own in zip(results, exact, plain, strict=True):
+        ours_ = ours_ if packed else batch.pack(ours_)
+        error, own_error = ((x - truth).norm().item() / truth.norm().item() for x in (ours_, own))
+        if not error <= 3 * own_error:
+            raise ValueError(f"{way} is wrong in {batch.case}: error {error:.1e}, SDPA's own {own_error:.1e}")
+        errors.append(error)
+    del results
+    row: Row = {"error": errors[0], "gradient_error": max(errors[1:])}
+    if batch.device == "cuda":
+        row["peak_mib"] = _peak_mib(lambda: _attend(attention, inputs, grad))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        attention(*inputs)  # a graph of its own to compile
+        row["forward_ms"] = quartiles(lambda: attention(*inputs), batch.device)
+    output = attention(*inputs)
+    row["backward_ms"] = quartiles(lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True), batch.device)
+    return row
+
+
+def matmul_tflops(device: str) -> float:
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / quartiles(lambda: a @ b, device)[1] / 1e9
+
+
+def attention(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, device: str) -> None:
+    torch._functorch.config.donated_buffer = False  # the backward pass runs again and again on one graph
+    rows: list[Row] = []
+    rate = matmul_tflops(device)
+    for case in tqdm(list(cases), desc=name):
+        batch = Batch(case, device)
+        exact = batch.reference(torch.float32 if device == "cuda" else torch.float64)
+        plain = batch.reference(batch.dtype)
+        for way in tqdm(ways, desc=str(case), leave=False):
+            row: Row = {**asdict(case), "way": way}
+            try:
+                row |= measure(way, batch, exact, plain)
+            except NotMeasuredError as reason:
+                row["not_measured"] = str(reason)
+            except torch.OutOfMemoryError:
+                row["not_measured"] = "out of memory"
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            rows.append(row)
+            tqdm.write(f"{case}: {way}: {row.get('not_measured') or (row['forward_ms'], row['backward_ms'])}")
+            save(name, rows, folder, device, matmul_tflops=rate)
+
+
+def cases(
+    sizes: Iterable[str], head_dims: Iterable[int], heads: Iterable[str], padding: Iterable[int], sides: Iterable[str]
+) -> list[Case]:
+    """Every combination; without padding there is no side to it."""
+    return [
+        Case(*map(int, size.split("x")), head_dim, *map(int, both.split("/")), percent, side)
+        for head_dim in head_dims
+        for size in sizes
+        for both in heads
+        for percent in padding
+        for side in (sides if percent else ("right",))
+    ]
+
+
+# ---- the block mask -----------------------------------------------------------------------------------------
+
 SIZES = [(8, 2048), (8, 4096), (4, 16384), (8, 32768), (8, 131072)]
 BATCHES = 24  # of the stream
-WAYS = {"closed": "closed form", "eager": "create_block_mask", "compiled": "compiled create_block_mask"}
+BUILDERS = {"closed": "closed form", "eager": "create_block_mask", "compiled": "compiled create_block_mask"}
 
 
-def versions() -> dict[str, str]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return {
-        "card": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def save(name: str, result: object, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**versions(), "results": result}, indent=1) + "\n")
-
-
-def right_padding(batch_size: int, kv_len: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def right_padding(batch_size: int, kv_len: int, generator: torch.Generator | None = None) -> Tensor:
     """(B, S): lengths between an eighth of kv_len and all of it, about 44 % padding."""
     lengths = torch.randint(kv_len // 8, kv_len + 1, (batch_size,), generator=generator)
     return _pads(lengths.tolist(), kv_len, "right", "cuda")
 
 
-def build_eagerly(pads: torch.Tensor, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
+def build_eagerly(pads: Tensor, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
     mask_mod = and_masks(causal, create_padding_mask(pads))
     return create(mask_mod, pads.shape[0], None, pads.shape[1], pads.shape[1], device="cuda")
 
 
-def builder(way: str) -> Callable[[torch.Tensor], BlockMask]:
+def builder(way: str) -> Callable[[Tensor], BlockMask]:
     if way == "compiled":
         compiled = torch.compile(create_block_mask)
         return lambda pads: build_eagerly(pads, compiled)
     return create_causal_padding_block_mask if way == "closed" else build_eagerly
 
 
-def measure_build(build: Callable[[torch.Tensor], BlockMask], pads: torch.Tensor) -> dict[str, object]:
+def measure_build(build: Callable[[Tensor], BlockMask], pads: Tensor) -> Row:
     """Wall time until the device is done, and the peak of the memory allocated, the result included."""
     build(pads)
     samples = []
@@ -95,7 +394,7 @@ def block_mask(folder: Path) -> None:
     for batch_size, kv_len in tqdm(SIZES, desc="block-mask"):
         pads = right_padding(batch_size, kv_len, torch.Generator().manual_seed(0))
         for way in ("closed", "eager"):
-            row = {"batch_size": batch_size, "kv_len": kv_len, "way": WAYS[way]}
+            row: Row = {"batch_size": batch_size, "kv_len": kv_len, "way": BUILDERS[way]}
             try:
                 row |= measure_build(builder(way), pads)
             except torch.OutOfMemoryError:
@@ -133,10 +432,10 @@ def stream(folder: Path, ways: list[str], limit: float) -> None:
     for way in tqdm(ways, desc="stream"):
         with tempfile.TemporaryDirectory() as cold:  # each way compiles all it needs
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
-            command = ["timeout", str(limit), sys.executable, __file__, "stream-of", "--ways", way]
+            command = ["timeout", str(limit), sys.executable, __file__, "stream-of", "--builders", way]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         steps = [json.loads(line) for line in done.stdout.splitlines()]
-        row = {"way": WAYS[way], "batches": len(steps), "steps": steps}
+        row = {"way": BUILDERS[way], "batches": len(steps), "steps": steps}
         if len(steps) == BATCHES:
             seconds = [step["seconds"] for step in steps]
             row |= {"total_s": sum(seconds), "worst_step_s": max(seconds), "compilations": steps[-1]["compilations"]}
@@ -147,35 +446,163 @@ def stream(folder: Path, ways: list[str], limit: float) -> None:
         save("stream", rows, folder)
 
 
-def table(folder: Path) -> str:
-    """The block mask's results in Markdown."""
-    result = json.loads((folder / "block_mask.json").read_text())
+# ---- what was measured ----------------------------------------------------------------------------------------
+
+
+def load(name: str, folder: Path) -> Row:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def made_with(result: Row) -> str:
+    driver = f", driver {result['driver']}" if "driver" in result else ""
+    flash = f", flash-attn-4 {result['flash-attn-4']}" if result.get("flash-attn-4") else ""
+    return f"({result['card']}{driver}, torch {result['torch']}{flash}, {result['date']})"
+
+
+def block_mask_table(folder: Path) -> str:
+    result = load("block_mask", folder)
     lines = ["| batch x length | `create_block_mask` | closed form |", "|---|---|---|"]
     cells: dict[str, list[str]] = {}
     for row in result["results"]:
         size = f"{row['batch_size']} x {row['kv_len']:,}".replace(",", " ")
         cell = "out of memory" if "ms" not in row else f"{row['ms']:.2f} ms, {row['peak_mib']:.1f} MiB"
-        cells.setdefault(size, ["", ""])[row["way"] == WAYS["closed"]] = cell
+        cells.setdefault(size, ["", ""])[row["way"] == BUILDERS["closed"]] = cell
     lines += [f"| {size} | {textbook} | {closed} |" for size, (textbook, closed) in cells.items()]
-    made_with = f"({result['card']}, driver {result['driver']}, torch {result['torch']}, {result['date']})"
-    return "\n".join([*lines, "", made_with])
+    return "\n".join([*lines, "", made_with(result)])
+
+
+def stream_table(folder: Path) -> str:
+    result = load("stream", folder)
+    lines = ["| block mask | all 24 steps | slowest step | compilations |", "|---|---|---|---|"]
+    for row in result["results"]:
+        if "total_s" in row:
+            cells = f"{row['total_s']:.0f} s | {row['worst_step_s']:.0f} s | {row['compilations']}"
+        else:
+            cells = f"stopped after {row['stopped_after_s']:.0f} s, {row['batches']} steps | | "
+        lines.append(f"| {row['way']} | {cells} |")
+    return "\n".join([*lines, "", made_with(result)])
+
+
+def attention_table(folder: Path) -> str:
+    """A table for each case: medians, TFLOP/s of the pairs that the mask allows, percent of the matrix products'."""
+    result = load("attention", folder)
+    rate, tables = result["matmul_tflops"], {}
+    for row in result["results"]:
+        case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
+        lines = tables.setdefault(
+            case,
+            [
+                f"{case}",
+                "",
+                "| | ms forward | TFLOP/s | ms backward | TFLOP/s | peak MiB |",
+                "|---|---|---|---|---|---|",
+            ],
+        )
+        if "not_measured" in row:
+            lines.append(f"| {row['way']} | not measured: {row['not_measured']} | | | | |")
+            continue
+        cells = []
+        for passes, share in (("forward_ms", 1), ("backward_ms", 2.5)):  # five matrix products backward, two forward
+            median = row[passes][1]
+            tflops = share * case.flops() / median / 1e9
+            cells += [f"{median:.2f}", f"{tflops:.0f} ({tflops / rate:.0%})"]
+        lines.append(f"| {' | '.join([row['way'], *cells])} | {row.get('peak_mib', 0):.0f} |")
+    rate_line = (
+        f"In brackets: percent of a bf16 matrix product of 8192 x 8192 x 8192, {rate:.0f} TFLOP/s in the same run."
+    )
+    return "\n\n".join([*("\n".join(lines) for lines in tables.values()), rate_line, made_with(result)])
+
+
+TABLES = {"block-mask": block_mask_table, "stream": stream_table, "attention": attention_table}
+
+
+def plot(folder: Path) -> None:
+    """Bars of the first case of the attention, and times against length; told apart without colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = load("attention", folder)
+    first = [row for row in result["results"] if "forward_ms" in row]
+    keys = list(Case.__dataclass_fields__)
+    first = [row for row in first if all(row[key] == first[0][key] for key in keys)][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(first) + 1.2), layout="constrained")
+    places = range(len(first))
+    for passes, shift, hatch in (("forward_ms", 0.2, ""), ("backward_ms", -0.2, "////")):
+        bars = axes.barh(
+            [place + shift for place in places],
+            [row[passes][1] for row in first],
+            height=0.4,
+            hatch=hatch,
+            color="0.35" if passes == "forward_ms" else "0.85",
+            edgecolor="0.2",
+            label=passes.removesuffix("_ms"),
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.set(xscale="log", xlabel="ms, on a log axis")
+    figure.suptitle(f"{Case(**{key: first[0][key] for key in keys})}\n{made_with(result)}", fontsize=9)
+    axes.set_yticks(places, [row["way"] for row in first])
+    axes.legend(loc="lower right")
+    axes.margins(x=0.15)
+    figure.savefig(folder / "attention.png", dpi=120)
+
+    if not (folder / "scaling.json").exists():
+        return
+    result = load("scaling", folder)
+    figure, both = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
+    ways = list(dict.fromkeys(row["way"] for row in result["results"]))
+    for axes, passes in zip(both, ("forward_ms", "backward_ms"), strict=True):
+        for i, way in enumerate(ways):
+            rows = [row for row in result["results"] if row["way"] == way and passes in row]
+            style = {
+                "marker": "osv^Dx*+P<>h"[i % 12],
+                "linestyle": ["-", "--", ":"][i % 3],
+                "color": str(0.15 * (i % 4)),
+            }
+            axes.plot([row["kv_len"] for row in rows], [row[passes][1] for row in rows], label=way, **style)
+        axes.set(yscale="log", xlabel="max_seq_len", title=passes.removesuffix("_ms"))
+        axes.set_xscale("log", base=2)
+    both[0].set_ylabel("ms")
+    figure.legend(*both[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.suptitle(f"131 072 tokens a batch, H16 D128, 40 % right padding\n{made_with(result)}", fontsize=9)
+    figure.savefig(folder / "scaling.png", dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["block-mask", "stream", "all", "table", "stream-of"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of the stream")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds that a way may take for the stream")
+    measurements = ["attention", "scaling", "block-mask", "stream"]
+    parser.add_argument("what", choices=[*measurements, "all", "table", "plot", "stream-of"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of attention; cpu tries it out")
+    parser.add_argument("--sizes", nargs="+", default=["8x4096", "4x16384"], metavar="BxS")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128], metavar="D")
+    parser.add_argument("--heads", nargs="+", default=["16/16", "16/4"], metavar="Hq/Hkv")
+    parser.add_argument("--padding", nargs="+", type=int, default=[0, 40, 75], metavar="PERCENT")
+    parser.add_argument("--sides", nargs="+", choices=["right", "left"], default=["right", "left"])
+    parser.add_argument("--ways", default="", help="of attention: only those whose name contains this")
+    parser.add_argument("--builders", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="of the stream")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that a builder may take for the stream")
+    parser.add_argument("--table", choices=TABLES, default="attention", help="which table")
     args = parser.parse_args()
+    ways = [way for way in WAYS if args.ways in way]
+    if args.what in ("attention", "all"):
+        chosen = cases(args.sizes, args.head_dims, args.heads, args.padding, args.sides)
+        attention("attention", chosen, ways, args.results, args.device)
+    if args.what in ("scaling", "all"):
+        tokens = 2**17
+        sizes = [f"{tokens // kv_len}x{kv_len}" for kv_len in (2**n for n in range(10, 18))]
+        attention("scaling", cases(sizes, [128], ["16/16"], [40], ["right"]), ways, args.results, args.device)
     if args.what in ("block-mask", "all"):
         block_mask(args.results)
     if args.what in ("stream", "all"):
-        stream(args.results, args.ways, args.limit)
-    if args.what == "table":
-        print(table(args.results))
+        stream(args.results, args.builders, args.limit)
     if args.what == "stream-of":
-        stream_of(args.ways[0])
+        stream_of(args.builders[0])
+    if args.what == "table":
+        print(TABLES[args.table](args.results))
+    if args.what in ("plot", "all"):
+        plot(args.results)
 
 
 if __name__ == "__main__":

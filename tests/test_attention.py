@@ -253,6 +253,17 @@ def test_activation_checkpointing(device: str) -> None:
         assert torch.equal(result, truth)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_without_gradients(device: str) -> None:
+    pads = make_pads("right", 200, device)
+    inputs, _ = make_inputs(device)
+    expected = causal_padded_attention(*inputs, pads)
+    with torch.no_grad():
+        result = causal_padded_attention(*(x.requires_grad_() for x in inputs), pads)
+    torch.testing.assert_close(result, expected)
+    assert not result.requires_grad
+
+
 class Layer(torch.nn.Module):
     def __init__(self, safe_padding: bool = False) -> None:
         super().__init__()

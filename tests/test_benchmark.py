@@ -1,0 +1,95 @@
+"""The benchmark's own arithmetic, and a run of it at a tiny size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import pytest
+import torch
+from conftest import exact_attention, explicit_mask, with_gradients
+
+CASES = benchmark.cases(["3x40"], [16], ["4/4", "4/2"], [0, 40, 75], ["right", "left"])
+
+
+def test_every_combination_is_a_case_and_no_padding_has_no_side() -> None:
+    assert len(CASES) == len(set(CASES)) == 2 * (1 + 2 * 2)
+    assert str(CASES[0]) == "B3 S40 H4 D16, no padding"
+    assert str(CASES[-1]) == "B3 S40 H4/2 D16, 75 % left padding"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_case(case: benchmark.Case) -> None:
+    batch = benchmark.Batch(case, "cpu")
+    assert batch.pads.float().mean().item() == pytest.approx(case.padding / 100, abs=0.01)
+    assert (~batch.pads).sum(1).tolist() == case.lengths()
+    assert batch.cumulative.diff().tolist() == case.lengths()
+    scores = explicit_mask(batch.pads).sum().item()  # of each head
+    assert case.flops() == scores * case.heads * 2 * 2 * case.head_dim  # products with key and value, multiply and add
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pack_and_unpack_undo_each_other(case: benchmark.Case) -> None:
+    batch = benchmark.Batch(case, "cpu")
+    x = batch.inputs[0].double().requires_grad_()
+    packed = batch.pack(x)
+    assert torch.equal(packed, x.transpose(1, 2)[~batch.pads])
+    assert torch.equal(batch.unpack(packed), x.masked_fill(batch.pads[:, None, :, None], 0.0))
+    assert torch.autograd.gradcheck(batch.pack, x, fast_mode=True)
+    assert torch.autograd.gradcheck(batch.unpack, packed.detach().requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_the_ways_are_checked_against_is_exact(case: benchmark.Case) -> None:
+    batch = benchmark.Batch(case, "cpu")
+    mask = explicit_mask(batch.pads)
+    exact = with_gradients(lambda *inputs: exact_attention(*inputs, mask), batch.inputs, batch.grad_output)
+    for ours, truth in zip(batch.reference(torch.float64), exact, strict=True):
+        torch.testing.assert_close(ours, batch.pack(truth).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = benchmark.Batch(CASES[1], "cpu")
+
+    def without_mask(batch: benchmark.Batch) -> benchmark.Attention:
+        return lambda query, key, value: torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setitem(benchmark.WAYS, "wrong", (without_mask, False, False))
+    with pytest.raises(ValueError, match=r"wrong is wrong in B3 S40 H4 D16, 40 % right padding: error"):
+        benchmark.measure("wrong", batch, batch.reference(torch.float64), batch.reference(torch.float32))
+
+
+def test_a_run(tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, benchmark.__file__, *arguments, "--results", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    sizes = ["--sizes", "2x40", "--head-dims", "16", "--heads", "4/2", "--padding", "40", "--sides", "right"]
+    run("attention", "--device", "cpu", *sizes)
+    result = json.loads((tmp_path / "attention.json").read_text())
+    assert [row["way"] for row in result["results"]] == list(benchmark.WAYS)
+    measured = [row for row in result["results"] if "not_measured" not in row]
+    assert [row["way"] for row in measured] == ["ours, auto", "ours, Triton"]
+    table = run("table", "--table", "attention")
+    case = benchmark.cases(["2x40"], [16], ["4/2"], [40], ["right"])[0]
+    assert table.startswith(str(case)) and result["torch"] in table
+    for row in measured:
+        low, median, high = row["forward_ms"]
+        assert 0 < low <= median <= high
+        assert f"| {row['way']} | {median:.2f} |" in table
+    assert "| SDPA, explicit mask, cuDNN | not measured: needs CUDA |" in table
+    run("plot")
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+
+
+def test_the_table_of_attention(tmp_path: Path) -> None:
+    sizes = {"batch_size": 1, "kv_len": 1000, "head_dim": 50, "heads": 2, "kv_heads": 1, "padding": 0, "side": "right"}
+    # 500 500 pairs, 4 * 2 * 50 operations for each: 0.2002 TFLOP in a second
+    row = {**sizes, "way": "a way", "forward_ms": [0, 0.1, 1], "backward_ms": [0, 1.0, 2], "peak_mib": 7.4}
+    versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01", "matmul_tflops": 10.0}
+    (tmp_path / "attention.json").write_text(json.dumps({**versions, "results": [row]}))
+    table = benchmark.attention_table(tmp_path)
+    assert "B1 S1000 H2/1 D50, no padding" in table
+    assert "| a way | 0.10 | 2 (20%) | 1.00 | 1 (5%) | 7 |" in table
+    assert table.endswith("10 TFLOP/s in the same run.\n\n(a card, torch 2.0, 2000-01-01)")
