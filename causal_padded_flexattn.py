@@ -22,12 +22,13 @@ import importlib.util
 import io
 import logging
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ from torch.nn.attention.flex_attention import (
     create_mask,
     flex_attention,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -373,6 +377,57 @@ def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
+def sequence_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, mesh: "DeviceMesh", **kwargs: Any
+) -> Tensor:
+    """`causal_padded_attention` over sequences that are shared out over the ranks of a mesh.
+
+    Each rank gives its tokens and gets all tokens of some heads, attends, and gives them back: an all-to-all before
+    and one after. The scheme of DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509. Gradients go the same way.
+
+    Args:
+        query: (B, Hq, S / ranks, E): this rank's tokens, in the order of the ranks.
+        key: (B, Hkv, S / ranks, E).
+        value: (B, Hkv, S / ranks, Ev).
+        pads: (B, S), torch.bool, True where the token is padding: of the whole sequence, on every rank.
+        mesh: of one dimension. Its ranks must divide Hq, and divide Hkv or be a multiple of it: then each head of key
+            and value is sent to several ranks.
+        kwargs: what `causal_padded_attention` takes. A block mask is that of the whole sequence.
+
+    Returns:
+        (B, Hq, S / ranks, Ev): the output for this rank's tokens.
+
+    Raises:
+        TypeError, ValueError: the mesh, the length or the heads do not fit, or what `causal_padded_attention` says.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    ranks = mesh.size()
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension; got {mesh.ndim}: pass the one that shares out the sequence")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4 or x.shape[2] * ranks != pads.shape[-1]:
+            raise ValueError(
+                f"{name} must be this rank's part, (batch, heads, length of pads / {ranks} ranks, head size); "
+                f"got {tuple(x.shape)}, pads {tuple(pads.shape)}: pad to a multiple of the ranks, padding is skipped"
+            )
+    q_heads, kv_heads = query.shape[1], key.shape[1]
+    if q_heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        raise ValueError(
+            f"{ranks} ranks must divide the heads of query, and divide those of key or be a multiple of them; "
+            f"got {q_heads} and {kv_heads}: use fewer ranks"
+        )
+    copies = max(1, ranks // kv_heads)
+    if copies > 1:
+        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+
+    def exchange(x: Tensor, ours: int, wanted: int) -> Tensor:
+        return DTensor.from_local(x, mesh, [Shard(ours)]).redistribute(mesh, [Shard(wanted)]).to_local()
+
+    query, key, value = (exchange(x, 2, 1) for x in (query, key, value))  # (B, H / ranks, S, E)
+    return exchange(causal_padded_attention(query, key, value, pads, **kwargs), 1, 2)
+
+
 def transformers_block_mask(
     batch_size: int,
     q_length: int,
@@ -524,6 +579,46 @@ def _peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def _compare_with_one_rank(
+    say: Callable[[str, str], None], inputs: Sequence[Tensor], grad: Tensor, pads: Tensor
+) -> bool:
+    """--sequence-parallel: every rank has the whole batch, and attends to its part of it and to all of it."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = dist.init_device_mesh(pads.device.type, (ranks,))
+    parts, part_grad = ([x.chunk(ranks, dim=2)[rank].contiguous() for x in xs] for xs in (inputs, [grad]))
+    shared = partial(sequence_parallel_attention, pads=pads, mesh=mesh)
+    ways = {
+        f"{ranks} ranks": partial(_attend, shared, parts, part_grad[0]),
+        "one rank": partial(_attend, partial(causal_padded_attention, pads=pads), inputs, grad),
+    }
+    if pads.is_cuda:
+        say("compile", "flex_attention, for part of the heads and for all of them ...")
+    same = True
+    names = ("output", "query gradient", "key gradient", "value gradient")
+    say("check", "largest difference from one rank, and two roundings:")
+    for name, part, whole in zip(names, *(run() for run in ways.values()), strict=True):
+        error = (part - whole.chunk(ranks, dim=2)[rank]).abs().max()
+        dist.all_reduce(error, dist.ReduceOp.MAX)
+        bound = 2 * torch.finfo(part.dtype).eps * whole.abs().max().item()
+        say("", f"{name:<16}{error.item():.1e}   {bound:.1e}")
+        same &= error.item() <= bound
+    say("time", "forward and backward, medians of 10 ...")
+    for name, run in ways.items():
+        seconds = []
+        for _ in range(10):  # the same number on every rank
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            if pads.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        memory = f", {_peak_mib(run):.0f} MiB at its peak" if pads.is_cuda else ""
+        say("", f"{name:<16}{statistics.median(seconds) * 1e3:.2f} ms{memory}")
+    return same
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # one line, without the usage
         self.exit(2, f"{self.prog}: {message}\n")
@@ -553,10 +648,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the lengths and the numbers; default: 0")
     add("--output", type=Path, metavar="PATH", default="causal_padding_mask.png", help="default: %(default)s")
     add("--no-figure", action="store_true")
+    add(
+        "--sequence-parallel",
+        action="store_true",
+        help="under torchrun: compare sequence_parallel_attention with one rank",
+    )
     args = parser.parse_args(argv)
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
+    ranks = int(os.environ.get("WORLD_SIZE", 0))  # torchrun says it
+    if args.sequence_parallel and not ranks:
+        parser.error("run --sequence-parallel under torchrun --nproc-per-node N")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.lengths and args.batch_size not in (None, len(args.lengths)):
@@ -571,6 +674,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.lengths:
         shortest = max(1, args.max_seq_len // 8)
         args.lengths = torch.randint(shortest, args.max_seq_len + 1, (args.batch_size or batch_size,)).tolist()
+    if args.sequence_parallel and (args.max_seq_len % ranks or args.heads % ranks or args.kv_heads % ranks):
+        parser.error(f"{ranks} ranks must divide --max-seq-len, --heads and --kv-heads: use fewer")
     if max(args.lengths) > args.max_seq_len:
         parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
@@ -593,6 +698,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # That a CUDA toolkit is there, but no card, is nothing to act on.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     device, dtype, on_cuda = torch.device(args.device), getattr(torch, args.dtype), args.device == "cuda"
+    if args.sequence_parallel:
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
+    speaks = not args.sequence_parallel or torch.distributed.get_rank() == 0
     batch_size, max_seq_len = len(args.lengths), args.max_seq_len
     pads = _pads(args.lengths, max_seq_len, args.padding_side, device)  # (B, S)
     query, key, value, grad_output = (
@@ -602,14 +712,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs, grad = (query, key, value), grad_output if on_cuda else None
 
     def say(label: str, text: str) -> None:
-        print(f"{label:<12}{text}", flush=True)
+        if speaks:
+            print(f"{label:<12}{text}", flush=True)
 
     say("device", f"{torch.cuda.get_device_name() if on_cuda else 'CPU'}, torch {torch.__version__}, {args.dtype}")
-    if not on_cuda:
+    if not on_cuda and not args.sequence_parallel:
         say("", "forward only: FlexAttention has no backward on the CPU")
     heads = f"{args.heads} query and {args.kv_heads} key heads of {args.head_dim}"
     padding = f"{pads.float().mean():.0%} of it padding on the {args.padding_side}"
     say("batch", f"{batch_size} x {max_seq_len} tokens, {padding}; {heads}")
+
+    if args.sequence_parallel:
+        same = _compare_with_one_rank(say, inputs, grad_output, pads)
+        torch.distributed.destroy_process_group()
+        return int(not same)
 
     say("block mask", "building ...")
     mask_mod = and_masks(causal, create_padding_mask(pads))

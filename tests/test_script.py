@@ -134,3 +134,44 @@ assert "torch._inductor" not in sys.modules, "something was compiled"
     done = run(cwd=tmp_path, code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
+
+
+def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    command += ["--sequence-parallel", "--max-seq-len", "200", "--head-dim", "32", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, TWO_GPUS])])
+def test_sequence_parallel(device: str) -> None:
+    done = torchrun(ROOT / "causal_padded_flexattn.py", "--device", device)
+    assert done.returncode == 0, done.stderr
+    for name in ("output", "query gradient", "key gradient", "value gradient"):
+        assert len(re.findall(rf"{name} +[\d.e+-]+   [\d.e+-]+\n", done.stdout)) == 1  # one rank speaks
+    assert re.search(r"2 ranks +[\d.]+ ms.*\n +one rank +[\d.]+ ms", done.stdout)
+
+
+def test_a_wrong_rank_ends_with_status_one(tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    wrong = (
+        "lambda q, k, v, pads, mesh, f=m.sequence_parallel_attention: f(q, k, v, pads, mesh) * (1 + mesh.get_rank())"
+    )
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import causal_padded_flexattn as m\nm.sequence_parallel_attention = {wrong}\nsys.exit(m.main())\n"
+    )
+    done = torchrun(script, "--device", "cpu")
+    assert done.returncode == 1
+    assert "exitcode  : 1" in done.stderr and "Error" not in done.stdout
+
+
+def test_sequence_parallel_that_cannot_be() -> None:
+    alone = run("--sequence-parallel", "--device", "cpu", cwd=ROOT)
+    assert alone.returncode == 2
+    assert alone.stderr == "causal_padded_flexattn.py: run --sequence-parallel under torchrun --nproc-per-node N\n"
+    done = torchrun(ROOT / "causal_padded_flexattn.py", "--device", "cpu", "--heads", "4", "--kv-heads", "1")
+    assert done.returncode == 1 and "exitcode  : 2" in done.stderr  # torchrun's own is always 1
+    assert "2 ranks must divide --max-seq-len, --heads and --kv-heads: use fewer" in done.stderr

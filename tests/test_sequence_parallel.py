@@ -1,0 +1,90 @@
+"""sequence_parallel_attention on two ranks is what one rank computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from causal_padded_flexattn import (
+    causal_padded_attention,
+    create_causal_padding_block_mask,
+    sequence_parallel_attention,
+)
+
+RANKS = 2
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two CUDA devices")],
+)
+
+
+def attend(rank: int, store: str, device: str, heads: tuple[int, int], causal: bool) -> None:
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    mesh = init_device_mesh(device, (RANKS,))
+    torch.manual_seed(0)
+    length, sizes = 300, (heads[0], heads[1], heads[1])
+    inputs = [torch.randn(3, n, length, 32).to(device).requires_grad_() for n in sizes]
+    grad_output = torch.randn(3, heads[0], length, 32).to(device)
+    pads = (torch.arange(length) >= torch.tensor([[length], [130], [1]])).to(device)
+    pads[0, :7] = True
+    expected = causal_padded_attention(*inputs, pads, causal=causal)
+    gradients = torch.autograd.grad(expected, inputs, grad_output)
+
+    ours = [x.detach().chunk(RANKS, dim=2)[rank].requires_grad_() for x in inputs]
+    block_mask = create_causal_padding_block_mask(pads, causal=causal)
+    output = sequence_parallel_attention(*ours, pads, mesh, causal=causal, block_mask=block_mask)
+    results = torch.autograd.grad(output, ours, grad_output.chunk(RANKS, dim=2)[rank])
+    for result, whole in zip((output, *results), (expected, *gradients), strict=True):
+        assert type(result) is torch.Tensor
+        truth = whole.chunk(RANKS, dim=2)[rank]
+        if device == "cuda" and heads[1] >= RANKS:  # the same kernels on the same heads: the same bits
+            assert torch.equal(result, truth)
+        else:
+            torch.testing.assert_close(result, truth, rtol=1e-5, atol=1e-5)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_two_ranks(device: str, heads: tuple[int, int], causal: bool, tmp_path: Path) -> None:
+    mp.spawn(attend, (str(tmp_path / "store"), device, heads, causal), nprocs=RANKS)
+
+
+class Mesh:
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.ndim = shape, len(shape)
+
+    def size(self) -> int:
+        return int(torch.tensor(self.shape).prod())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "length", "message"),
+    [
+        (Mesh(2, 2), (4, 4), 10, "mesh must have one dimension; got 2"),
+        (Mesh(3), (6, 6), 10, r"length of pads / 3 ranks, head size\); got \(1, 6, 10, 8\), pads \(1, 40\)"),
+        (Mesh(4), (6, 2), 10, "4 ranks must divide the heads of query.*got 6 and 2: use fewer ranks"),
+        (Mesh(4), (12, 3), 10, "4 ranks must divide the heads of query, and divide those of key.*got 12 and 3"),
+        (Mesh(4), (12, 6), 10, "got 12 and 6"),
+    ],
+)
+def test_bad_input(mesh: Mesh, heads: tuple[int, int], length: int, message: str) -> None:
+    query, key, value = (torch.zeros(1, n, length, 8) for n in (heads[0], heads[1], heads[1]))
+    with pytest.raises(ValueError, match=message):
+        sequence_parallel_attention(query, key, value, torch.zeros(1, 40, dtype=torch.bool), mesh)
+
+
+def test_every_tensor_is_this_ranks_part() -> None:
+    query, whole, pads = torch.zeros(1, 4, 10, 8), torch.zeros(1, 4, 40, 8), torch.zeros(1, 40, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"value must be this rank's part.*got \(1, 4, 40, 8\)"):
+        sequence_parallel_attention(query, query, whole, pads, Mesh(4))
+    with pytest.raises(ValueError, match=r"query must be this rank's part.*got \(4, 10, 8\)"):
+        sequence_parallel_attention(query[0], query, query, pads, Mesh(4))
