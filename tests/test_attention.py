@@ -254,6 +254,18 @@ def test_activation_checkpointing(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_part_of_the_heads(device: str) -> None:
+    # As a rank of a tensor-parallel model has them: the mask serves any heads.
+    pads = make_pads("left", 200, device)
+    inputs, grad_output = make_inputs(device)
+    attend = partial(causal_padded_attention, pads=pads, block_mask=create_causal_padding_block_mask(pads))
+    whole = with_gradients(attend, inputs, grad_output)
+    part = with_gradients(attend, [x.chunk(2, dim=1)[1] for x in inputs], grad_output.chunk(2, dim=1)[1])
+    for result, truth in zip(part, whole, strict=True):
+        torch.testing.assert_close(result, truth.chunk(2, dim=1)[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_parameters_without_gradients(device: str) -> None:
     pads = make_pads("right", 200, device)
     inputs, _ = make_inputs(device)

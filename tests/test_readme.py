@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import benchmark
+import pytest
 import torch
 from transformers.masking_utils import flex_attention_mask
 
@@ -11,21 +12,24 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_runs() -> None:
+def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
+    for name, text in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, text)  # as torchrun does
     names: dict = {}
     outputs = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
         outputs.append(names.pop("output", None))
-    textbook, training, decoding, _ = outputs
+    torch.distributed.destroy_process_group()
+    textbook, training, _, decoding, _, parallel = outputs
     registered = names["AttentionMaskInterface"]
     assert registered()["flex_attention"] is names["transformers_block_mask"]
     registered.register("flex_attention", flex_attention_mask)
     assert textbook.shape == (2, 4, 300, 64)
-    assert training.shape == (2, 8, 300, 64)
-    for output in (textbook, training):
+    assert training.shape == parallel.shape == (2, 8, 300, 64)
+    for output in (textbook, training, parallel):
         assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
     assert decoding.shape == (2, 8, 1, 64) and decoding.isfinite().all() and decoding.count_nonzero() > 0
 
