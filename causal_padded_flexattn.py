@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import (
     BlockMask,
-    FlexKernelOptions,
     and_masks,
     create_block_mask,
     create_mask,
@@ -291,7 +290,7 @@ def causal_padded_attention(
     # On the CPU flex takes nothing that requires a gradient, and what it compiles to fails to build at some shapes.
     if query.device.type == "cpu" and (compiling or any(x.requires_grad for x in (query, key, value))):
         return _masked_sdpa(query, key, value, _dense_mask(block_mask, query), scale)
-    flex = flex_attention if compiling else _compiled_flex_attention(query.device.type)
+    flex: Any = flex_attention if compiling else _compiled_flex_attention(query.device.type)
     options, grouped = _kernel_options(query, key, backend), query.shape[1] != key.shape[1]
     return flex(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options)
 
@@ -302,19 +301,19 @@ def _compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
     return torch.compile(flex_attention) if device_type != "cpu" else torch.compile(flex_attention, backend="eager")
 
 
-def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> FlexKernelOptions | None:
+def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> dict[str, Any] | None:
     if backend == "flash":
         return {"BACKEND": "FLASH"}
     rows = query.shape[2] * query.shape[1] // key.shape[1]
     if not query.is_cuda or query.shape[2] == 1 or rows <= 16:
         return None  # and torch takes its decoding kernel
     # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
-    options: FlexKernelOptions = {"BACKEND": "TRITON"}
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
     if query.shape[3] <= 64 and query.element_size() == 2:
         # What torch takes on an H100 has too few registers forward, 3.3 ms where this takes 0.45, and is 11 % slower
         # backward (B8 H16 S4096 D64, torch 2.11).
-        options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}  # type: ignore[typeddict-unknown-key]
-        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)  # type: ignore
+        options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
+        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
     return options
 
 
@@ -437,7 +436,7 @@ def transformers_block_mask(
     mask_function: MaskMod | None = None,
     attention_mask: Tensor | None = None,
     device: str | torch.device = "cpu",
-    **kwargs: object,
+    **kwargs: Any,
 ) -> BlockMask:
     """Build the block masks of Hugging Face transformers in closed form, where they are causal and padded.
 
@@ -463,7 +462,7 @@ def transformers_block_mask(
 
     if mask_function not in (None, causal_mask_function):
         sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)
+        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore[arg-type]
     if attention_mask is None:
         pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
@@ -551,7 +550,7 @@ def _same_block_mask(ours: BlockMask, theirs: BlockMask) -> bool:
     return same
 
 
-def _attend(attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
+def _attend(attention: Callable[..., Any], inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
     """The output and, given its gradient, the gradients of the inputs."""
     inputs = [x.detach().requires_grad_(grad_output is not None) for x in inputs]
     output = attention(*inputs)
@@ -584,9 +583,10 @@ def _compare_with_one_rank(
 ) -> bool:
     """--sequence-parallel: every rank has the whole batch, and attends to its part of it and to all of it."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = dist.init_device_mesh(pads.device.type, (ranks,))
+    mesh = init_device_mesh(pads.device.type, (ranks,))
     parts, part_grad = ([x.chunk(ranks, dim=2)[rank].contiguous() for x in xs] for xs in (inputs, [grad]))
     shared = partial(sequence_parallel_attention, pads=pads, mesh=mesh)
     ways = {
@@ -744,9 +744,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     say("", "not the same" if wrong else "the same, both ways")
 
     say("compile", f"flex_attention, forward{' and backward' if on_cuda else ''} ...")
-    compiled, grouped = torch.compile(flex_attention, dynamic=False), args.heads != args.kv_heads
-    options = _kernel_options(query, key)
-    flex = partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
+    options: dict[str, Any] = {"enable_gqa": args.heads != args.kv_heads, "kernel_options": _kernel_options(query, key)}
+    flex = partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask, **options)
     sdpa = partial(sdpa_reference, pads=pads)
     start = time.perf_counter()
     results = _attend(flex, inputs, grad)

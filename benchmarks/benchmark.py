@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -44,7 +45,7 @@ from causal_padded_flexattn import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def versions(device: str) -> Row:
