@@ -361,7 +361,7 @@ def _check_inputs(
 
 def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What keeps the FLASH kernel from being used, if anything; after the checks of flash_attn.cute.interface."""
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+    if not _installed("flash_attn") or not _installed("flash_attn.cute"):
         return "needs the package flash-attn-4: pip install --pre flash-attn-4"
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
     if major not in (9, 10, 11):
@@ -425,6 +425,10 @@ def sequence_parallel_attention(
 
     query, key, value = (exchange(x, 2, 1) for x in (query, key, value))  # (B, H / ranks, S, E)
     return exchange(causal_padded_attention(query, key, value, pads, **kwargs), 1, 2)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def transformers_block_mask(
@@ -530,6 +534,45 @@ def draw_mask(path: Path, padding_side: str = "right") -> None:
         visualize_attention_scores(
             tokens, tokens, mask_mod=mask_mod, device="cpu", name="causal_padding_mask", path=path, batch_idx=1
         )
+
+
+def draw_tiles(path: Path) -> None:
+    """Draw what a BlockMask makes of right padding, left padding and holes into the PNG file `path`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    tokens, length = 16 * 128, 11 * 128 - 50
+    place = torch.arange(tokens)
+    kinds = {
+        "right padding": place >= length,
+        "left padding": place < tokens - length,
+        "holes": (place % 700 > 400) & (place < 1800),
+    }
+    names, shades = ["skipped", "partial: asks the mask_mod", "full"], ["white", "#fdae61", "#2c5985"]
+    figure = Figure(figsize=(10.5, 4), layout="constrained")
+    for axes, (name, pads) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+        block_mask = create_causal_padding_block_mask(pads[None])
+        tiles = torch.zeros(16, 17)  # the last column takes what no count makes valid
+        for counts, indices, kind in (
+            (block_mask.kv_num_blocks, block_mask.kv_indices, 1.0),
+            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, 2.0),
+        ):
+            assert counts is not None and indices is not None
+            listed = torch.arange(16) < counts[0, 0, :, None]
+            tiles.scatter_(1, indices[0, 0].long().where(listed, 16), kind)
+        axes.pcolormesh(tiles[:, :16], cmap=ListedColormap(shades), vmin=0, vmax=2, edgecolor="0.7", linewidth=0.5)
+        ticks = range(0, 17, 4)
+        axes.set(title=name, xlabel="key block", ylabel="query block", aspect="equal", xticks=ticks, yticks=ticks)
+        axes.invert_yaxis()
+    patches = [Patch(facecolor=shade, edgecolor="0.7", label=name) for name, shade in zip(names, shades, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
 
 
 def _pads(lengths: Sequence[int], max_seq_len: int, padding_side: str, device: str | torch.device = "cpu") -> Tensor:
@@ -647,6 +690,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--padding-side", choices=["right", "left"], default="right", help="default: right")
     add("--seed", type=int, default=0, help="of the lengths and the numbers; default: 0")
     add("--output", type=Path, metavar="PATH", default="causal_padding_mask.png", help="default: %(default)s")
+    add("--figure", choices=["tokens", "tiles"], default="tokens", help="scores of one sequence, or tiles of several")
     add("--no-figure", action="store_true")
     add(
         "--sequence-parallel",
@@ -680,6 +724,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error(f"--output must be a .png file in a folder that exists; got {args.output}")
+    if not args.no_figure:
+        if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
+            parser.error(f"--output {args.output} cannot be written: name another, or pass --no-figure")
+        if missing := [name for name in ("attn_gym", "matplotlib") if not _installed(name)]:
+            parser.error(
+                f"the figure needs {' and '.join(missing)}: pip install attn-gym matplotlib, or pass --no-figure"
+            )
     return args
 
 
@@ -690,9 +741,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments of the command line; those of the process when None.
 
     Returns:
-        The exit status: 0 when the checks hold, 1 when they do not. Unusable arguments exit with 2.
+        The exit status: 0 when the checks hold, 1 when they do not, 2 without a compiler, 130 when interrupted.
+        Unusable arguments exit with 2.
     """
     args = _parse(argv)
+    try:
+        return _demonstrate(args)
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if "InvalidCxxCompiler" not in str(error):
+            raise
+        print("torch.compile found no C++ compiler: install g++, or name another in CXX", file=sys.stderr)
+        return 2
+
+
+def _demonstrate(args: argparse.Namespace) -> int:
     # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
     os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     # That a CUDA toolkit is there, but no card, is nothing to act on.
@@ -779,7 +843,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("", f"{name:<16}{times}: {own_ms / ours_ms:.1f} x")
 
     if not args.no_figure:
-        draw_mask(args.output, args.padding_side)
+        if args.figure == "tokens":
+            draw_mask(args.output, args.padding_side)
+        else:
+            draw_tiles(args.output)
         say("figure", str(args.output))
     if wrong:
         print(f"FlexAttention and what it was checked against differ: {', '.join(wrong)}", file=sys.stderr)

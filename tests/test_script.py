@@ -1,23 +1,27 @@
 """The command line, run as a user runs it."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, explicit_mask
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--lengths", "200,130,7", "--max-seq-len", "200", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
 
 
-def run(*arguments: str, cwd: Path, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "causal_padded_flexattn.py")] if code is None else ["-c", code]
+def run(
+    *arguments: str, cwd: Path, code: str | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *([str(ROOT / "causal_padded_flexattn.py")] if code is None else ["-c", code])]
     return subprocess.run(
-        [sys.executable, *command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -74,12 +78,28 @@ def test_the_committed_figure_is_the_one_the_script_draws() -> None:
     assert read_mask(ROOT / "causal_padding_mask.png") == RIGHT
 
 
+def test_the_figure_of_the_tiles(tmp_path: Path) -> None:
+    done = run("--device", "cpu", *SMALL, "--figure", "tiles", "--output", "tiles.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "tiles.png", ROOT / "benchmarks" / "results" / "tiles.png"):
+        image = Image.open(path).convert("RGB")
+        colours: dict = {colour: count for count, colour in image.getcolors(maxcolors=2**16)}
+        full, partly = colours[(44, 89, 133)], colours[(253, 174, 97)]
+        tiles = []  # full and partial, of the same paddings by their definition
+        place = torch.arange(2048)
+        for pads in (place >= 1358, place < 690, (place % 700 > 400) & (place < 1800)):
+            allowed = explicit_mask(pads[None])[0].view(16, 128, 16, 128).float().mean((1, 3))
+            tiles.append(torch.stack(((allowed == 1).sum(), ((allowed > 0) & (allowed < 1)).sum())))
+        expected = torch.stack(tiles).sum(0)
+        assert full / partly == pytest.approx((expected[0] / expected[1]).item(), rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("broken", "wrong"),
     [
         ("causal = lambda b, h, q, k: q > k", "output"),
         ("create_padding_mask = lambda pads: m.causal", "the block masks, output"),
-        ("_list_tiles = lambda c, r, k, n, f=m._list_tiles: f(c, r - 1, k, n)", "the block masks"),
+        ("_list_tiles = lambda r, c, n, t, f=m._list_tiles: f(r - 1, c, n, t)", "the block masks"),
     ],
 )
 def test_a_wrong_mask_ends_with_status_one(broken: str, wrong: str, tmp_path: Path) -> None:
@@ -112,6 +132,42 @@ def test_unusable_arguments_end_with_status_two(arguments: list[str], sentence: 
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("missing", ["attn_gym", "matplotlib"])
+def test_without_what_the_figure_needs(missing: str, tmp_path: Path) -> None:
+    hide = f"import sys; sys.modules[{missing!r}] = None; sys.path.insert(0, {str(ROOT)!r}); "
+    code = (
+        hide + "import causal_padded_flexattn as m; m._installed = lambda name: sys.modules.get(name, 1) is not None; "
+    )
+    done = run("--device", "cpu", cwd=tmp_path, code=code + "m.main()")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"the figure needs {missing}: pip install attn-gym matplotlib, or pass --no-figure" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_where_the_figure_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    done = run("--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "causal_padding_mask.png cannot be written: name another, or pass --no-figure" in done.stderr
+
+
+def test_an_interrupted_run_ends_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "causal_padded_flexattn.py"), "--device", "cpu", *SMALL]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("compile"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = run("--device", "cpu", *SMALL, "--no-figure", cwd=tmp_path, environment=environment)
+    assert done.returncode == 2
+    assert done.stderr == "torch.compile found no C++ compiler: install g++, or name another in CXX\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
