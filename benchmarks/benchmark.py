@@ -1,7 +1,7 @@
 """What causal attention over a padded batch costs, each way of doing it; and what its block mask costs.
 
-python benchmarks/benchmark.py attention | scaling | block-mask | stream | all      measure, on a CUDA card
-python benchmarks/benchmark.py table | plot                                         show what was measured
+python benchmarks/benchmark.py attention | scaling | block-mask | stream | transformers | all    on a CUDA card
+python benchmarks/benchmark.py table | plot                                            shows what was measured
 
 Results go to benchmarks/results/NAME.json, with the card and the versions they were measured with.
 """
@@ -42,6 +42,7 @@ from causal_padded_flexattn import (
     causal_padded_attention,
     create_causal_padding_block_mask,
     create_padding_mask,
+    transformers_block_mask,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -428,23 +429,75 @@ def stream_of(way: str) -> None:
         print(json.dumps({"batch_size": batch_size, "length": length, **step}), flush=True)
 
 
-def stream(folder: Path, ways: list[str], limit: float) -> None:
+def in_a_process(what: str, ways: dict[str, str], steps: int, limit: float, folder: Path, device: str = "cuda") -> None:
+    """Each way in a process of its own that starts with nothing compiled: its steps, and their sum."""
     rows = []
-    for way in tqdm(ways, desc="stream"):
-        with tempfile.TemporaryDirectory() as cold:  # each way compiles all it needs
+    for way, name in tqdm(ways.items(), desc=what):
+        with tempfile.TemporaryDirectory() as cold:
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
-            command = ["timeout", str(limit), sys.executable, __file__, "stream-of", "--builders", way]
+            command = ["timeout", str(limit), sys.executable, __file__, f"{what}-of", "--of", way, "--device", device]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-        steps = [json.loads(line) for line in done.stdout.splitlines()]
-        row = {"way": BUILDERS[way], "batches": len(steps), "steps": steps}
-        if len(steps) == BATCHES:
-            seconds = [step["seconds"] for step in steps]
-            row |= {"total_s": sum(seconds), "worst_step_s": max(seconds), "compilations": steps[-1]["compilations"]}
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        row: Row = {"way": name, "batches": len(lines), "steps": lines}
+        if len(lines) == steps:
+            seconds = [line["seconds"] for line in lines]
+            row |= {"total_s": sum(seconds), "worst_step_s": max(seconds), "compilations": lines[-1]["compilations"]}
         else:
             row |= {"stopped_after_s": limit}
         rows.append(row)
         tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
-        save("stream", rows, folder)
+        save(what, rows, folder, device)
+
+
+# ---- a model of transformers --------------------------------------------------------------------------------
+
+MODELS = {"sdpa": "sdpa", "shipped": "flex_attention, as shipped", "ours": "flex_attention, mask in closed form"}
+SIZES_OF_MODEL = 5
+ROUNDS = 4  # the first compiles
+
+
+def transformers_of(way: str, device: str) -> None:
+    """Padded batches of varying size through a small Llama, forward and backward, again and again."""
+    import transformers
+    from torch._dynamo.utils import counters
+
+    if way == "ours":
+        transformers.AttentionMaskInterface.register("flex_attention", transformers_block_mask)
+    scale = 1 if device == "cuda" else 32  # the CPU tries it out
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32000 // scale,
+        hidden_size=1024 // scale,
+        intermediate_size=2816 // scale,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model.set_attn_implementation("sdpa" if way == "sdpa" else "flex_attention")
+    for round_ in range(ROUNDS):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(SIZES_OF_MODEL):
+            batch_size = int(torch.randint(2, 9, (), generator=generator))
+            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale
+            lengths = torch.randint(length // 8, length + 1, (batch_size,), generator=generator)
+            attention_mask = (~_pads(lengths.tolist(), length, "right", device)).long()
+            input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator).to(device)
+            labels = input_ids.masked_fill(attention_mask == 0, -100)
+            _synchronize(device)
+            start = time.perf_counter()
+            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+            loss.backward()
+            _synchronize(device)
+            step = {"seconds": time.perf_counter() - start, "compilations": counters["stats"]["unique_graphs"]}
+            sizes = {"round": round_, "batch_size": batch_size, "length": length, "loss": loss.item()}
+            print(json.dumps({**sizes, **step}), flush=True)
+            model.zero_grad()
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # ---- what was measured ----------------------------------------------------------------------------------------
@@ -514,7 +567,27 @@ def attention_table(folder: Path) -> str:
     return "\n\n".join([*("\n".join(lines) for lines in tables.values()), rate_line, made_with(result)])
 
 
-TABLES = {"block-mask": block_mask_table, "stream": stream_table, "attention": attention_table}
+def transformers_table(folder: Path) -> str:
+    result = load("transformers", folder)
+    lines = ["| | first round | later rounds | compilations |", "|---|---|---|---|"]
+    for row in result["results"]:
+        if "total_s" not in row:
+            lines.append(f"| {row['way']} | stopped after {row['stopped_after_s']:.0f} s | | |")
+            continue
+        rounds = [0.0] * ROUNDS
+        for step in row["steps"]:
+            rounds[step["round"]] += step["seconds"]
+        later = statistics.median(rounds[1:])
+        lines.append(f"| {row['way']} | {rounds[0]:.0f} s | {later * 1e3:.0f} ms | {row['compilations']} |")
+    return "\n".join([*lines, "", made_with(result)])
+
+
+TABLES = {
+    "block-mask": block_mask_table,
+    "stream": stream_table,
+    "attention": attention_table,
+    "transformers": transformers_table,
+}
 
 
 def plot(folder: Path) -> None:
@@ -572,8 +645,8 @@ def plot(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measurements = ["attention", "scaling", "block-mask", "stream"]
-    parser.add_argument("what", choices=[*measurements, "all", "table", "plot", "stream-of"])
+    measurements = ["attention", "scaling", "block-mask", "stream", "transformers"]
+    parser.add_argument("what", choices=[*measurements, "all", "table", "plot", "stream-of", "transformers-of"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of attention; cpu tries it out")
     parser.add_argument("--sizes", nargs="+", default=["8x4096", "4x16384"], metavar="BxS")
@@ -582,8 +655,8 @@ def main() -> None:
     parser.add_argument("--padding", nargs="+", type=int, default=[0, 40, 75], metavar="PERCENT")
     parser.add_argument("--sides", nargs="+", choices=["right", "left"], default=["right", "left"])
     parser.add_argument("--ways", default="", help="of attention: only those whose name contains this")
-    parser.add_argument("--builders", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="of the stream")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds that a builder may take for the stream")
+    parser.add_argument("--of", nargs="+", help="ways of stream or transformers, all if left out; for -of, the one")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
     parser.add_argument("--table", choices=TABLES, default="attention", help="which table")
     args = parser.parse_args()
     ways = [way for way in WAYS if args.ways in way]
@@ -596,10 +669,14 @@ def main() -> None:
         attention("scaling", cases(sizes, [128], ["16/16"], [40], ["right"]), ways, args.results, args.device)
     if args.what in ("block-mask", "all"):
         block_mask(args.results)
-    if args.what in ("stream", "all"):
-        stream(args.results, args.builders, args.limit)
+    for what, names, steps in (("stream", BUILDERS, BATCHES), ("transformers", MODELS, ROUNDS * SIZES_OF_MODEL)):
+        if args.what in (what, "all"):
+            chosen_ways = {way: name for way, name in names.items() if way in (args.of or names)}
+            in_a_process(what, chosen_ways, steps, args.limit, args.results, args.device)
     if args.what == "stream-of":
-        stream_of(args.builders[0])
+        stream_of(args.of[0])
+    if args.what == "transformers-of":
+        transformers_of(args.of[0], args.device)
     if args.what == "table":
         print(TABLES[args.table](args.results))
     if args.what in ("plot", "all"):

@@ -10,6 +10,12 @@ import pytest
 import torch
 from conftest import exact_attention, explicit_mask, with_gradients
 
+
+def run(*arguments: str, folder: Path) -> str:
+    command = [sys.executable, benchmark.__file__, *arguments, "--results", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 CASES = benchmark.cases(["3x40"], [16], ["4/4", "4/2"], [0, 40, 75], ["right", "left"])
 
 
@@ -60,18 +66,26 @@ def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         benchmark.measure("wrong", batch, batch.reference(torch.float64), batch.reference(torch.float32))
 
 
-def test_a_run(tmp_path: Path) -> None:
-    def run(*arguments: str) -> str:
-        command = [sys.executable, benchmark.__file__, *arguments, "--results", str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_a_run_of_a_model(tmp_path: Path) -> None:
+    run("transformers", "--device", "cpu", "--of", "sdpa", folder=tmp_path)
+    (row,) = json.loads((tmp_path / "transformers.json").read_text())["results"]
+    steps = row["steps"]
+    assert [step["round"] for step in steps] == [i // 5 for i in range(20)]
+    assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
+    rounds = [sum(step["seconds"] for step in steps if step["round"] == i) for i in range(4)]
+    assert row["total_s"] == pytest.approx(sum(rounds))
+    table = benchmark.transformers_table(tmp_path)
+    assert f"| sdpa | {rounds[0]:.0f} s | {sorted(rounds[1:])[1] * 1e3:.0f} ms | 0 |" in table
 
+
+def test_a_run(tmp_path: Path) -> None:
     sizes = ["--sizes", "2x40", "--head-dims", "16", "--heads", "4/2", "--padding", "40", "--sides", "right"]
-    run("attention", "--device", "cpu", *sizes)
+    run("attention", "--device", "cpu", *sizes, folder=tmp_path)
     result = json.loads((tmp_path / "attention.json").read_text())
     assert [row["way"] for row in result["results"]] == list(benchmark.WAYS)
     measured = [row for row in result["results"] if "not_measured" not in row]
     assert [row["way"] for row in measured] == ["ours, auto", "ours, Triton"]
-    table = run("table", "--table", "attention")
+    table = run("table", "--table", "attention", folder=tmp_path)
     case = benchmark.cases(["2x40"], [16], ["4/2"], [40], ["right"])[0]
     assert table.startswith(str(case)) and result["torch"] in table
     for row in measured:
@@ -79,7 +93,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert 0 < low <= median <= high
         assert f"| {row['way']} | {median:.2f} |" in table
     assert "| SDPA, explicit mask, cuDNN | not measured: needs CUDA |" in table
-    run("plot")
+    run("plot", folder=tmp_path)
     assert (tmp_path / "attention.png").stat().st_size > 10_000
 
 
