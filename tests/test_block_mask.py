@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, noop_mask
 
-from causal_padded_flexattn import causal, create_causal_padding_block_mask, create_padding_mask
+from causal_padded_flexattn import (
+    _opaque_list_tiles,
+    causal,
+    create_causal_padding_block_mask,
+    create_padding_mask,
+)
 
 LISTS = ["kv", "full_kv", "q", "full_q"]
 
@@ -97,6 +102,16 @@ def test_defaults(device: str) -> None:
     last = textbook(pads, 40, 260, True, 128)
     assert_same_block_mask(create_causal_padding_block_mask(pads, 40), last)
     assert_same_block_mask(create_causal_padding_block_mask(pads, q_offset=260), last)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [700, 100])
+def test_the_operator_that_hides_the_lists_from_the_compiler(device: str, q_len: int) -> None:
+    ends = torch.randint(0, 700, (2, 3, 1, 12, 1), device=device, dtype=torch.int32).sort(0).values
+    queries, keys = ends[:, :, :, : -(-q_len // 128)].flip(0), ends[:, :, :, 6:]
+    numbers = torch.arange(1, 7, dtype=torch.int8, device=device)
+    torch.library.opcheck(_opaque_list_tiles, (queries, keys, numbers, False))
+    torch.library.opcheck(_opaque_list_tiles, (keys, queries, numbers, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
