@@ -506,7 +506,8 @@ def sdpa_reference(
 
 
 def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    # A softmax over no key is NaN: let those rows see every key, and zero them and their gradients after.
+    # A softmax over no key is NaN unless a kernel looks out for it: let those rows see every key, and zero them and
+    # their gradients after.
     empty = ~mask.any(-1, keepdim=True)  # (B, 1, L, 1)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -692,11 +693,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="PATH", default="causal_padding_mask.png", help="default: %(default)s")
     add("--figure", choices=["tokens", "tiles"], default="tokens", help="scores of one sequence, or tiles of several")
     add("--no-figure", action="store_true")
-    add(
-        "--sequence-parallel",
-        action="store_true",
-        help="under torchrun: compare sequence_parallel_attention with one rank",
-    )
+    add("--sequence-parallel", action="store_true", help="under torchrun: compare several ranks with one")
     args = parser.parse_args(argv)
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -724,7 +721,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error(f"--output must be a .png file in a folder that exists; got {args.output}")
-    if not args.no_figure:
+    if not (args.no_figure or args.sequence_parallel):
         if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
             parser.error(f"--output {args.output} cannot be written: name another, or pass --no-figure")
         if missing := [name for name in ("attn_gym", "matplotlib") if not _installed(name)]:
