@@ -6,6 +6,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from transformers.masking_utils import flex_attention_mask
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, "README.md", "exec"), names)
         outputs.append(names.pop("output", None))
     torch.distributed.destroy_process_group()
-    textbook, training, _, decoding, _, parallel = outputs
+    training, _, decoding, _, parallel, textbook = outputs
     registered = names["AttentionMaskInterface"]
     assert registered()["flex_attention"] is names["transformers_block_mask"]
     registered.register("flex_attention", flex_attention_mask)
@@ -37,8 +38,8 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_textbook_mask_is_that_of_the_module() -> None:
     from causal_padded_flexattn import create_causal_padding_block_mask
 
-    names: dict = {}
-    block = re.search(r"^```python\n(.*?)^query", README, re.MULTILINE | re.DOTALL).group(1)
+    names: dict = {"torch": torch, "and_masks": and_masks, "create_block_mask": create_block_mask}
+    block = re.search(r"(^def causal\(.*?)^query", README, re.MULTILINE | re.DOTALL).group(1)
     exec(compile(block, "README.md", "exec"), names)
     ours, theirs = create_causal_padding_block_mask(names["pads"]), names["block_mask"]
     assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
