@@ -361,7 +361,8 @@ def _check_inputs(
 
 def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What keeps the FLASH kernel from being used, if anything; after the checks of flash_attn.cute.interface."""
-    if not _installed("flash_attn") or not _installed("flash_attn.cute"):
+    packages = "flash_attn", "flash_attn.cute", "cutlass"  # version 2 has the first alone
+    if not torch.compiler.is_compiling() and not all(map(_installed, packages)):  # else torch says it
         return "needs the package flash-attn-4: pip install --pre flash-attn-4"
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
     if major not in (9, 10, 11):

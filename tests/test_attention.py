@@ -385,7 +385,9 @@ def test_flash_says_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("change", "needs"),
     [
-        ({"package": None}, "the package flash-attn-4: pip install --pre flash-attn-4"),
+        ({"missing": "flash_attn"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
+        ({"missing": "flash_attn.cute"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
+        ({"missing": "cutlass"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
         ({"capability": (8, 0)}, "a Hopper or Blackwell card"),
         ({"device": "cpu"}, "a Hopper or Blackwell card; query is on cpu"),
         ({"dtype": torch.float32}, "float16 or bfloat16; got torch.float32"),
@@ -397,14 +399,20 @@ def test_flash_says_what_it_needs() -> None:
     ],
 )
 def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    package, capability = change.pop("package", "found"), change.pop("capability", (9, 0))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
+    missing, capability = change.pop("missing", "nothing"), change.pop("capability", (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     on_cuda = change.pop("device", "cuda") == "cuda"
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: on_cuda))
     inputs, _ = make_inputs("cpu", **{"dtype": torch.bfloat16, "lengths": (8, 8), **change})
     obstacle = _flash_obstacle(*inputs)
     assert obstacle is None if needs is None else obstacle.startswith(f"needs {needs}")
+
+
+def test_a_compiled_model_may_ask_what_flash_needs() -> None:
+    inputs, _ = make_inputs("cpu", lengths=(8, 8))
+    obstacle = torch.compile(lambda *x: (x[0] + 1, _flash_obstacle(*x)), fullgraph=True, backend="eager")(*inputs)[1]
+    assert obstacle == "needs a Hopper or Blackwell card; query is on cpu"
 
 
 def _zeros(*shape: int, **kwargs) -> Tensor:
