@@ -1,12 +1,14 @@
 """The benchmark's own arithmetic, and a run of it at a tiny size."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import benchmark
 import pytest
+import sequence_parallel
 import torch
 from conftest import exact_attention, explicit_mask, with_gradients
 
@@ -107,3 +109,38 @@ def test_the_table_of_attention(tmp_path: Path) -> None:
     assert "B1 S1000 H2/1 D50, no padding" in table
     assert "| a way | 0.10 | 2 (20%) | 1.00 | 1 (5%) | 7 |" in table
     assert table.endswith("10 TFLOP/s in the same run.\n\n(a card, torch 2.0, 2000-01-01)")
+
+
+def test_sequence_parallel(tmp_path: Path) -> None:
+    script = str(Path(benchmark.__file__).parent / "sequence_parallel.py")
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
+        command += ["--device", "cpu", "--lengths", "64", "--heads", "4/2", "--head-dim", "16", "--times", "3"]
+        subprocess.run([*command, "--results", str(tmp_path)], check=True, capture_output=True)
+    rows = json.loads((tmp_path / "sequence_parallel.json").read_text())["results"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert rows[0]["checksums"] == rows[1]["checksums"]
+    assert len(rows[0]["checksums"]) == 4
+    for sums in rows[0]["checksums"]:  # of 16 chunks: 38 of 64 tokens are real, and padding is zero
+        assert len(set(sums)) == 11 and set(sums[10:]) == {0}
+    table = sequence_parallel.table(tmp_path)
+    efficiency = rows[0]["both_ms"] / rows[1]["both_ms"] / 2
+    assert re.search(rf"\| 64 \| 2 \| .* \| {efficiency:.0%} \| yes \|\n", table)
+    sequence_parallel.plot(tmp_path)
+    assert (tmp_path / "sequence_parallel.png").stat().st_size > 10_000
+
+
+def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
+    def row(ranks: int, both: float, bits: int) -> dict:
+        times = {"forward_ms": 1.0, "both_ms": both, "exchange_ms": 2.0, "peak_mib": 512.0}
+        return {"ranks": ranks, "length": 2048, "checksums": [[bits]], **times}
+
+    rows = [row(4, 5.0, 1), row(2, 8.0, 0), {"ranks": 1, "length": 2048, "out_of_memory": True}]
+    sizes = {"batch_size": 1, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01"}
+    (tmp_path / "sequence_parallel.json").write_text(json.dumps({**versions, **sizes, "results": rows}))
+    table = sequence_parallel.table(tmp_path)
+    assert table.startswith("B1 H32/8 D128, 40 % right padding\n")
+    assert "| 2 048 | 1 | out of memory |" in table
+    assert "| 2 048 | 2 | 1.0 | 8.0 | 25% | 0.5 | 100% |  |" in table
+    assert "| 2 048 | 4 | 1.0 | 5.0 | 40% | 0.5 | 80% | no |" in table

@@ -1,0 +1,192 @@
+"""What sequence_parallel_attention costs on any number of GPUs of one host.
+
+torchrun --nproc-per-node N benchmarks/sequence_parallel.py      measure; for N = 1, 2, 4, ... one after the other
+python benchmarks/sequence_parallel.py table | plot              show what was measured
+
+Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows of its number of ranks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from benchmark import RESULTS, Row, made_with, save
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from causal_padded_flexattn import create_causal_padding_block_mask, sequence_parallel_attention
+
+CHUNKS = (
+    16  # a sequence is made in as many parts, each from its own seed, so that it is the same on any number of ranks
+)
+
+
+def make_part(seed: int, heads: int, length: int, head_dim: int, device: str, dtype: torch.dtype) -> Tensor:
+    """(1, heads, length / ranks, head_dim): this rank's part of the sequence."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = []
+    for chunk in range(rank * CHUNKS // ranks, (rank + 1) * CHUNKS // ranks):
+        generator = torch.Generator(device).manual_seed(seed * CHUNKS + chunk)
+        shape = (1, length // CHUNKS, heads, head_dim)
+        parts.append(torch.randn(shape, device=device, dtype=dtype, generator=generator).transpose(1, 2))
+    return torch.cat(parts, dim=2)
+
+
+def checksums(part: Tensor) -> list[int]:
+    """Of the bits of each chunk of the whole sequence, on every rank."""
+    bits = part.detach().contiguous().view(torch.int16 if part.element_size() == 2 else torch.int32).long()
+    weights = torch.arange(1, bits.shape[3] + 1, device=part.device)  # so that two exchanged numbers show
+    ours = torch.stack([(x * weights).sum() for x in bits.chunk(CHUNKS // dist.get_world_size(), dim=2)])
+    gathered = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, ours)
+    return torch.cat(gathered).tolist()
+
+
+def milliseconds(run: Callable[[], object], device: str, times: int) -> float:
+    """The median over `times` runs of the slowest rank, after two that warm up."""
+    samples = []
+    for _ in range(times + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        slowest = torch.tensor(time.perf_counter() - start, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        samples.append(slowest.item() * 1e3)
+    return statistics.median(samples[2:])
+
+
+def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int) -> Row:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sizes = (heads, kv_heads, kv_heads, heads)
+    *parts, grad_output = (make_part(seed, n, length, head_dim, device, dtype) for seed, n in enumerate(sizes))
+    inputs = [x.detach().requires_grad_() for x in parts]
+    pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
+    block_mask = create_causal_padding_block_mask(pads)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask)
+
+    def both() -> list[Tensor]:
+        output = attend(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, grad_output)]
+
+    def exchange() -> None:
+        # What goes over the wire in `both`: query, key, value and the output, and the gradients of all four.
+        for x in (*parts, grad_output) * 2:
+            DTensor.from_local(x, mesh, [Shard(2)]).redistribute(mesh, [Shard(1)]).to_local()
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row: Row = {"checksums": [checksums(x) for x in both()]}
+    if device == "cuda":
+        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    row["forward_ms"] = milliseconds(lambda: attend(*parts), device, times)
+    row["both_ms"] = milliseconds(both, device, times)
+    row["exchange_ms"] = milliseconds(exchange, device, times)
+    return row
+
+
+def table(folder: Path) -> str:
+    """Milliseconds, memory, the share of the exchange, and the efficiency against the fewest ranks of that length."""
+    result = json.loads((folder / "sequence_parallel.json").read_text())
+    lines = [
+        "| tokens | GPUs | ms forward | ms with backward | of it exchange | GiB a GPU | efficiency | same bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, base in with_base(result["results"]):
+        start = f"| {row['length']:,} | {row['ranks']} |".replace(",", " ")
+        if base is None:
+            lines.append(f"{start} out of memory | | | | | |")
+            continue
+        memory = f"{row['peak_mib'] / 1024:.1f}" if "peak_mib" in row else ""
+        same = "" if row is base else "yes" if row["checksums"] == base["checksums"] else "no"
+        cells = f"{row['forward_ms']:.1f} | {row['both_ms']:.1f} | {row['exchange_ms'] / row['both_ms']:.0%} | {memory}"
+        lines.append(f"{start} {cells} | {efficiency(row, base):.0%} | {same} |")
+    shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding".format(**result)
+    return "\n".join([shape, "", *lines, "", made_with(result)])
+
+
+def with_base(rows: list[Row]) -> list[tuple[Row, Row | None]]:
+    """Each row by length and ranks, with that of the fewest ranks that hold the length; None if it does not fit."""
+    rows = sorted(rows, key=lambda row: (row["length"], row["ranks"]))
+    fits = [row for row in rows if "both_ms" in row]
+    return [(row, next(x for x in fits if x["length"] == row["length"]) if row in fits else None) for row in rows]
+
+
+def efficiency(row: Row, base: Row) -> float:
+    return base["both_ms"] * base["ranks"] / (row["both_ms"] * row["ranks"])
+
+
+def plot(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    result = json.loads((folder / "sequence_parallel.json").read_text())
+    pairs = [(row, base) for row, base in with_base(result["results"]) if base is not None]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, length in enumerate(dict.fromkeys(row["length"] for row, _ in pairs)):
+        points = [(row["ranks"], efficiency(row, base)) for row, base in pairs if row["length"] == length]
+        axes.plot(
+            *zip(*points, strict=True), color=str(0.15 * (i % 5)), marker="osv^D"[i % 5], label=f"{length} tokens"
+        )
+    axes.set(xlabel="GPUs", ylabel="efficiency, forward and backward", ylim=(0, 1.1))
+    axes.set_xscale("log", base=2)
+    axes.legend()
+    axes.set_title(made_with(result), fontsize=8)
+    figure.savefig(folder / "sequence_parallel.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["measure", "table", "plot"], default="measure")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S")
+    parser.add_argument("--heads", default="32/8", metavar="Hq/Hkv")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D")
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.what == "table":
+        return print(table(args.results))
+    if args.what == "plot":
+        return plot(args.results)
+
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=3))
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh(args.device, (ranks,))
+    heads, kv_heads = map(int, args.heads.split("/"))
+    shape = {"batch_size": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": args.head_dim}
+    path = args.results / "sequence_parallel.json"
+    rows = json.loads(path.read_text())["results"] if path.exists() else []
+    rows = [row for row in rows if row["ranks"] != ranks]
+    for length in args.lengths:
+        row: Row = {"ranks": ranks, "length": length}
+        try:
+            row |= measure(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+        rows.append(row)
+        if dist.get_rank() == 0:
+            print({key: value for key, value in row.items() if key != "checksums"}, flush=True)
+            save("sequence_parallel", rows, args.results, args.device, **shape)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
