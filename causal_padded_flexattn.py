@@ -33,13 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import (
-    BlockMask,
-    and_masks,
-    create_block_mask,
-    create_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, flex_attention
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -310,8 +304,7 @@ def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> dict
     # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if query.shape[3] <= 64 and query.element_size() == 2:
-        # What torch takes on an H100 has too few registers forward, 3.3 ms where this takes 0.45, and is 11 % slower
-        # backward (B8 H16 S4096 D64, torch 2.11).
+        # The tiles that torch 2.11 takes on an H100 spill registers forward, and are slower backward.
         options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
         options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
     return options
@@ -560,15 +553,10 @@ def draw_tiles(path: Path) -> None:
     figure = Figure(figsize=(10.5, 4), layout="constrained")
     for axes, (name, pads) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
         block_mask = create_causal_padding_block_mask(pads[None])
-        tiles = torch.zeros(16, 17)  # the last column takes what no count makes valid
-        for counts, indices, kind in (
-            (block_mask.kv_num_blocks, block_mask.kv_indices, 1.0),
-            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, 2.0),
-        ):
-            assert counts is not None and indices is not None
-            listed = torch.arange(16) < counts[0, 0, :, None]
-            tiles.scatter_(1, indices[0, 0].long().where(listed, 16), kind)
-        axes.pcolormesh(tiles[:, :16], cmap=ListedColormap(shades), vmin=0, vmax=2, edgecolor="0.7", linewidth=0.5)
+        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+        assert counts is not None and indices is not None
+        tiles = block_mask.to_dense() + BlockMask.from_kv_blocks(counts, indices).to_dense()  # full ones count twice
+        axes.pcolormesh(tiles[0, 0], cmap=ListedColormap(shades), vmin=0, vmax=2, edgecolor="0.7", linewidth=0.5)
         ticks = range(0, 17, 4)
         axes.set(title=name, xlabel="key block", ylabel="query block", aspect="equal", xticks=ticks, yticks=ticks)
         axes.invert_yaxis()
@@ -593,6 +581,9 @@ def _same_block_mask(ours: BlockMask, theirs: BlockMask) -> bool:
         listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
         same &= torch.equal(counts, their_counts) and torch.equal(indices[listed], their_indices[listed])
     return same
+
+
+_RESULTS = ("output", "query gradient", "key gradient", "value gradient")
 
 
 def _attend(attention: Callable[..., Any], inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
@@ -630,21 +621,24 @@ def _compare_with_one_rank(
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    dist.init_process_group("nccl" if pads.is_cuda else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def part_of(x: Tensor) -> Tensor:
+        return x.chunk(ranks, dim=2)[rank].contiguous()
+
     mesh = init_device_mesh(pads.device.type, (ranks,))
-    parts, part_grad = ([x.chunk(ranks, dim=2)[rank].contiguous() for x in xs] for xs in (inputs, [grad]))
     shared = partial(sequence_parallel_attention, pads=pads, mesh=mesh)
     ways = {
-        f"{ranks} ranks": partial(_attend, shared, parts, part_grad[0]),
+        f"{ranks} ranks": partial(_attend, shared, [*map(part_of, inputs)], part_of(grad)),
         "one rank": partial(_attend, partial(causal_padded_attention, pads=pads), inputs, grad),
     }
     if pads.is_cuda:
         say("compile", "flex_attention, for part of the heads and for all of them ...")
     same = True
-    names = ("output", "query gradient", "key gradient", "value gradient")
     say("check", "largest difference from one rank, and two roundings:")
-    for name, part, whole in zip(names, *(run() for run in ways.values()), strict=True):
-        error = (part - whole.chunk(ranks, dim=2)[rank]).abs().max()
+    for name, part, whole in zip(_RESULTS, *(run() for run in ways.values()), strict=True):
+        error = (part - part_of(whole)).abs().max()
         dist.all_reduce(error, dist.ReduceOp.MAX)
         bound = 2 * torch.finfo(part.dtype).eps * whole.abs().max().item()
         say("", f"{name:<16}{error.item():.1e}   {bound:.1e}")
@@ -661,6 +655,7 @@ def _compare_with_one_rank(
             seconds.append(time.perf_counter() - start)
         memory = f", {_peak_mib(run):.0f} MiB at its peak" if pads.is_cuda else ""
         say("", f"{name:<16}{statistics.median(seconds) * 1e3:.2f} ms{memory}")
+    dist.destroy_process_group()
     return same
 
 
@@ -760,11 +755,9 @@ def _demonstrate(args: argparse.Namespace) -> int:
     # That a CUDA toolkit is there, but no card, is nothing to act on.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     device, dtype, on_cuda = torch.device(args.device), getattr(torch, args.dtype), args.device == "cuda"
-    if args.sequence_parallel:
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-    speaks = not args.sequence_parallel or torch.distributed.get_rank() == 0
+    if args.sequence_parallel and on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    speaks = not args.sequence_parallel or os.environ["RANK"] == "0"
     batch_size, max_seq_len = len(args.lengths), args.max_seq_len
     pads = _pads(args.lengths, max_seq_len, args.padding_side, device)  # (B, S)
     query, key, value, grad_output = (
@@ -785,9 +778,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
     say("batch", f"{batch_size} x {max_seq_len} tokens, {padding}; {heads}")
 
     if args.sequence_parallel:
-        same = _compare_with_one_rank(say, inputs, grad_output, pads)
-        torch.distributed.destroy_process_group()
-        return int(not same)
+        return int(not _compare_with_one_rank(say, inputs, grad_output, pads))
 
     say("block mask", "building ...")
     mask_mod = and_masks(causal, create_padding_mask(pads))
@@ -822,8 +813,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
     exact = [
         _attend(partial(sdpa_reference, pads=pad), row, row_grad if on_cuda else None) for *row, row_grad, pad in rows
     ]
-    names = ("output", "query gradient", "key gradient", "value gradient")
-    for name, ours, own, *truth in zip(names, results, _attend(sdpa, inputs, grad), *exact, strict=False):
+    for name, ours, own, *truth in zip(_RESULTS, results, _attend(sdpa, inputs, grad), *exact, strict=False):
         error, own_error = ((x - torch.cat(truth)).abs().max().item() for x in (ours, own))
         # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and two roundings. And 16 of
         # float32, in which a weight is 2 to the power of a difference of numbers of up to 10 or 20.
