@@ -68,6 +68,11 @@ def save(name: str, result: Sequence[Row], folder: Path, device: str = "cuda", *
     (folder / f"{name}.json").write_text(json.dumps({**versions(device), **more, "results": result}, indent=1) + "\n")
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 # ---- attention ----------------------------------------------------------------------------------------------
 
 
@@ -94,6 +99,10 @@ class Case:
         """Of the forward pass: two matrix products, for the pairs that the mask allows."""
         pairs = sum(length * (length + 1) // 2 for length in self.lengths())
         return 4 * self.heads * self.head_dim * pairs
+
+    @classmethod
+    def of(cls, row: Row) -> "Case":
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
@@ -166,13 +175,17 @@ class Batch:
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def needs_cuda(batch: Batch) -> None:
+    if batch.device != "cuda":
+        raise NotMeasuredError("needs CUDA")
+
+
 def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
     if backend == "flash" and (obstacle := _flash_obstacle(*batch.inputs)):
         raise NotMeasuredError(obstacle)
     block_mask = create_causal_padding_block_mask(batch.pads)
     if dynamic:
-        if batch.device == "cpu":
-            raise NotMeasuredError("needs CUDA")
+        needs_cuda(batch)
         compiled, options = torch.compile(flex_attention, dynamic=True), _kernel_options(*batch.inputs[:2])
         grouped = batch.case.heads != batch.case.kv_heads
         return partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
@@ -180,8 +193,7 @@ def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
 
 
 def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
-    if batch.device == "cpu":
-        raise NotMeasuredError("needs CUDA")
+    needs_cuda(batch)
     if not explicit and batch.case.side == "left":
         raise NotMeasuredError("does not mask left padding")
     group = batch.case.heads // batch.case.kv_heads
@@ -199,8 +211,7 @@ def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
 
 
 def varlen(batch: Batch, package: str) -> Attention:
-    if batch.device == "cpu":
-        raise NotMeasuredError("needs CUDA")
+    needs_cuda(batch)
     longest = max(batch.case.lengths())
     if package == "torch":
         from torch.nn.attention.varlen import varlen_attn
@@ -217,8 +228,7 @@ def varlen(batch: Batch, package: str) -> Attention:
 
 
 def documents(batch: Batch) -> Attention:
-    if batch.device == "cpu":
-        raise NotMeasuredError("needs CUDA")
+    needs_cuda(batch)
     tokens = len(batch.real)
     document = batch.real // batch.case.kv_len  # (T,)
     mask_mod = and_masks(causal, lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx])
@@ -355,10 +365,12 @@ BATCHES = 24  # of the stream
 BUILDERS = {"closed": "closed form", "eager": "create_block_mask", "compiled": "compiled create_block_mask"}
 
 
-def right_padding(batch_size: int, kv_len: int, generator: torch.Generator | None = None) -> Tensor:
+def right_padding(
+    batch_size: int, kv_len: int, generator: torch.Generator | None = None, device: str = "cuda"
+) -> Tensor:
     """(B, S): lengths between an eighth of kv_len and all of it, about 44 % padding."""
     lengths = torch.randint(kv_len // 8, kv_len + 1, (batch_size,), generator=generator)
-    return _pads(lengths.tolist(), kv_len, "right", "cuda")
+    return _pads(lengths.tolist(), kv_len, "right", device)
 
 
 def build_eagerly(pads: Tensor, create: Callable[..., BlockMask] = create_block_mask) -> BlockMask:
@@ -480,24 +492,18 @@ def transformers_of(way: str, device: str) -> None:
         for _ in range(SIZES_OF_MODEL):
             batch_size = int(torch.randint(2, 9, (), generator=generator))
             length = int(torch.randint(1560, 3711, (), generator=generator)) // scale
-            lengths = torch.randint(length // 8, length + 1, (batch_size,), generator=generator)
-            attention_mask = (~_pads(lengths.tolist(), length, "right", device)).long()
+            attention_mask = (~right_padding(batch_size, length, generator, device)).long()
             input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator).to(device)
             labels = input_ids.masked_fill(attention_mask == 0, -100)
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
             loss.backward()
-            _synchronize(device)
+            synchronize(device)
             step = {"seconds": time.perf_counter() - start, "compilations": counters["stats"]["unique_graphs"]}
             sizes = {"round": round_, "batch_size": batch_size, "length": length, "loss": loss.item()}
             print(json.dumps({**sizes, **step}), flush=True)
             model.zero_grad()
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- what was measured ----------------------------------------------------------------------------------------
@@ -542,7 +548,7 @@ def attention_table(folder: Path) -> str:
     result = load("attention", folder)
     rate, tables = result["matmul_tflops"], {}
     for row in result["results"]:
-        case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
+        case = Case.of(row)
         lines = tables.setdefault(
             case,
             [
@@ -592,16 +598,14 @@ TABLES = {
 
 def plot(folder: Path) -> None:
     """Bars of the first case of the attention, and times against length; told apart without colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     result = load("attention", folder)
-    first = [row for row in result["results"] if "forward_ms" in row]
-    keys = list(Case.__dataclass_fields__)
-    first = [row for row in first if all(row[key] == first[0][key] for key in keys)][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(first) + 1.2), layout="constrained")
+    measured = [row for row in result["results"] if "forward_ms" in row]
+    case = Case.of(measured[0])
+    first = [row for row in measured if Case.of(row) == case][::-1]
+    figure = Figure(figsize=(9, 0.45 * len(first) + 1.2), layout="constrained")
+    axes = figure.subplots()
     places = range(len(first))
     for passes, shift, hatch in (("forward_ms", 0.2, ""), ("backward_ms", -0.2, "////")):
         bars = axes.barh(
@@ -615,7 +619,7 @@ def plot(folder: Path) -> None:
         )
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.set(xscale="log", xlabel="ms, on a log axis")
-    figure.suptitle(f"{Case(**{key: first[0][key] for key in keys})}\n{made_with(result)}", fontsize=9)
+    figure.suptitle(f"{case}\n{made_with(result)}", fontsize=9)
     axes.set_yticks(places, [row["way"] for row in first])
     axes.legend(loc="lower right")
     axes.margins(x=0.15)
@@ -624,7 +628,8 @@ def plot(folder: Path) -> None:
     if not (folder / "scaling.json").exists():
         return
     result = load("scaling", folder)
-    figure, both = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
     ways = list(dict.fromkeys(row["way"] for row in result["results"]))
     for axes, passes in zip(both, ("forward_ms", "backward_ms"), strict=True):
         for i, way in enumerate(ways):

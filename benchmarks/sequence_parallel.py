@@ -7,7 +7,6 @@ Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark import RESULTS, Row, made_with, save
+from benchmark import RESULTS, Row, load, made_with, save, synchronize
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -54,13 +53,11 @@ def milliseconds(run: Callable[[], object], device: str, times: int) -> float:
     """The median over `times` runs of the slowest rank, after two that warm up."""
     samples = []
     for _ in range(times + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         dist.barrier()
         start = time.perf_counter()
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         slowest = torch.tensor(time.perf_counter() - start, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         samples.append(slowest.item() * 1e3)
@@ -100,7 +97,7 @@ def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceM
 
 def table(folder: Path) -> str:
     """Milliseconds, memory, the share of the exchange, and the efficiency against the fewest ranks of that length."""
-    result = json.loads((folder / "sequence_parallel.json").read_text())
+    result = load("sequence_parallel", folder)
     lines = [
         "| tokens | GPUs | ms forward | ms with backward | of it exchange | GiB a GPU | efficiency | same bits |",
         "|---|---|---|---|---|---|---|---|",
@@ -132,7 +129,7 @@ def efficiency(row: Row, base: Row) -> float:
 def plot(folder: Path) -> None:
     from matplotlib.figure import Figure
 
-    result = json.loads((folder / "sequence_parallel.json").read_text())
+    result = load("sequence_parallel", folder)
     pairs = [(row, base) for row, base in with_base(result["results"]) if base is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -170,9 +167,10 @@ def main() -> None:
     mesh = init_device_mesh(args.device, (ranks,))
     heads, kv_heads = map(int, args.heads.split("/"))
     shape = {"batch_size": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": args.head_dim}
-    path = args.results / "sequence_parallel.json"
-    rows = json.loads(path.read_text())["results"] if path.exists() else []
-    rows = [row for row in rows if row["ranks"] != ranks]
+    measured = (args.results / "sequence_parallel.json").exists()
+    rows = (
+        [row for row in load("sequence_parallel", args.results)["results"] if row["ranks"] != ranks] if measured else []
+    )
     for length in args.lengths:
         row: Row = {"ranks": ranks, "length": length}
         try:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+PAIRS_OF_DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, _TWO_GPUS])]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, explicit_mask
+from conftest import DEVICES, PAIRS_OF_DEVICES, explicit_mask
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -198,10 +198,7 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, TWO_GPUS])])
+@pytest.mark.parametrize("device", PAIRS_OF_DEVICES)
 def test_sequence_parallel(device: str) -> None:
     done = torchrun(ROOT / "causal_padded_flexattn.py", "--device", device)
     assert done.returncode == 0, done.stderr

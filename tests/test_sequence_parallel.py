@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import PAIRS_OF_DEVICES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from causal_padded_flexattn import (
@@ -15,10 +16,6 @@ from causal_padded_flexattn import (
 )
 
 RANKS = 2
-TWO_GPUS = pytest.param(
-    "cuda",
-    marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two CUDA devices")],
-)
 
 
 def compare(rank: int, mesh: DeviceMesh, device: str, heads: tuple[int, int], causal: bool) -> None:
@@ -57,7 +54,7 @@ def attend(rank: int, store: str, device: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize("device", PAIRS_OF_DEVICES)
 def test_two_ranks(device: str, tmp_path: Path) -> None:
     mp.spawn(attend, (str(tmp_path / "store"), device), nprocs=RANKS)
 
