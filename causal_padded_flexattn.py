@@ -285,17 +285,27 @@ def causal_padded_attention(
     if query.device.type == "cpu" and (compiling or any(x.requires_grad for x in (query, key, value))):
         return _masked_sdpa(query, key, value, _dense_mask(block_mask, query), scale)
     flex: Any = flex_attention if compiling else _compiled_flex_attention(query.device.type)
-    options, grouped = _kernel_options(query, key, backend), query.shape[1] != key.shape[1]
+    options, grouped = _kernel_options(query, key, block_mask, backend), query.shape[1] != key.shape[1]
     return flex(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options)
 
 
 @cache
 def _compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
+    _raise_recompile_limit()
     # On the CPU compiling takes 5 s and more for each shape: there torch traces it, and runs plain operators.
     return torch.compile(flex_attention) if device_type != "cpu" else torch.compile(flex_attention, backend="eager")
 
 
-def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> dict[str, Any] | None:
+@cache
+def _raise_recompile_limit() -> None:
+    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on uncompiled,
+    # with memory for every score. There is one limit for the whole process.
+    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+
+
+def _kernel_options(
+    query: Tensor, key: Tensor, block_mask: BlockMask | None = None, backend: str = "triton"
+) -> dict[str, Any] | None:
     if backend == "flash":
         return {"BACKEND": "FLASH"}
     rows = query.shape[2] * query.shape[1] // key.shape[1]
@@ -303,6 +313,12 @@ def _kernel_options(query: Tensor, key: Tensor, backend: str = "triton") -> dict
         return None  # and torch takes its decoding kernel
     # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
+    # Whether no tile reaches past the end. Torch 2.11 sees it only in lengths that are compiled in, and wrongly where
+    # a block of the mask is larger than 128.
+    blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
+    options["IS_DIVISIBLE"] = not any(
+        x.shape[2] % 128 or x.shape[2] % block for x, block in zip((query, key), blocks, strict=True)
+    )
     if query.shape[3] <= 64 and query.element_size() == 2:
         # The tiles that torch 2.11 takes on an H100 spill registers forward, and are slower backward.
         options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
@@ -467,6 +483,37 @@ def transformers_block_mask(
         pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
         pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
     return create_causal_padding_block_mask(pads, q_length, q_offset=q_offset - kv_offset)
+
+
+def transformers_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the "flex_attention" of Hugging Face transformers with the kernels that `causal_padded_attention` chooses.
+
+    After `AttentionInterface.register("flex_attention", transformers_attention)`; with any mask. Left to itself, torch
+    2.11 takes slow tiles for heads of 64, and none at all for some prompts below 128 tokens.
+
+    Args:
+        module, query, key, value, attention_mask, kwargs: what transformers hands to an attention; kernel_options in
+            a call of the model go before those chosen here.
+
+    Returns:
+        The output, (B, L, Hq, Ev), and the logarithms of the softmax's sums, None on the CPU.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    _raise_recompile_limit()
+    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
+    kwargs.setdefault("kernel_options", _kernel_options(query, key, block_mask))
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 # ---- the reference ------------------------------------------------------------------------------------------
@@ -797,8 +844,9 @@ def _demonstrate(args: argparse.Namespace) -> int:
     say("", "not the same" if wrong else "the same, both ways")
 
     say("compile", f"flex_attention, forward{' and backward' if on_cuda else ''} ...")
-    options: dict[str, Any] = {"enable_gqa": args.heads != args.kv_heads, "kernel_options": _kernel_options(query, key)}
-    flex = partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask, **options)
+    options, grouped = _kernel_options(query, key, block_mask), args.heads != args.kv_heads
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    flex = partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
     sdpa = partial(sdpa_reference, pads=pads)
     start = time.perf_counter()
     results = _attend(flex, inputs, grad)

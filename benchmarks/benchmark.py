@@ -42,6 +42,7 @@ from causal_padded_flexattn import (
     causal_padded_attention,
     create_causal_padding_block_mask,
     create_padding_mask,
+    transformers_attention,
     transformers_block_mask,
 )
 
@@ -71,6 +72,12 @@ def save(name: str, result: Sequence[Row], folder: Path, device: str = "cuda", *
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def compile_afresh() -> None:
+    """So that the next shape is compiled in, as in a model that keeps to one, and not any shape."""
+    torch._dynamo.reset()
+    _compiled_flex_attention.cache_clear()
 
 
 # ---- attention ----------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
     block_mask = create_causal_padding_block_mask(batch.pads)
     if dynamic:
         needs_cuda(batch)
-        compiled, options = torch.compile(flex_attention, dynamic=True), _kernel_options(*batch.inputs[:2])
+        compiled, options = torch.compile(flex_attention, dynamic=True), _kernel_options(*batch.inputs[:2], block_mask)
         grouped = batch.case.heads != batch.case.kv_heads
         return partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
     return partial(causal_padded_attention, pads=batch.pads, block_mask=block_mask, backend=backend)
@@ -238,7 +245,7 @@ def documents(batch: Batch) -> Attention:
 
     def attention(*inputs: Tensor) -> Tensor:
         query, key, value = (x.transpose(0, 1)[None] for x in inputs)  # (1, H, T, D)
-        options = _kernel_options(query, key)
+        options = _kernel_options(query, key, block_mask)
         output = compiled(query, key, value, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
         return output[0].transpose(0, 1)
 
@@ -286,8 +293,7 @@ def quartiles(run: Callable[[], object], device: str) -> list[float]:
 
 def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) -> Row:
     make, packed, packs = WAYS[way]
-    torch._dynamo.reset()  # so that the shapes of this case are compiled in, as in a model that keeps to one shape
-    _compiled_flex_attention.cache_clear()
+    compile_afresh()
     attention = make(batch)
     if packs:
         inner = attention
@@ -463,9 +469,15 @@ def in_a_process(what: str, ways: dict[str, str], steps: int, limit: float, fold
 
 # ---- a model of transformers --------------------------------------------------------------------------------
 
-MODELS = {"sdpa": "sdpa", "shipped": "flex_attention, as shipped", "ours": "flex_attention, mask in closed form"}
+MODELS = {
+    "sdpa": "sdpa",
+    "shipped": "flex_attention, as shipped",
+    "mask": "flex_attention, mask in closed form",
+    "ours": "flex_attention, mask in closed form and kernels chosen",
+}
 SIZES_OF_MODEL = 5
-ROUNDS = 4  # the first compiles
+# The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
+ROUNDS = [1] * 4 + [2] * 3 + [4] * 3
 
 
 def transformers_of(way: str, device: str) -> None:
@@ -473,8 +485,10 @@ def transformers_of(way: str, device: str) -> None:
     import transformers
     from torch._dynamo.utils import counters
 
-    if way == "ours":
+    if way != "shipped":
         transformers.AttentionMaskInterface.register("flex_attention", transformers_block_mask)
+    if way == "ours":
+        transformers.AttentionInterface.register("flex_attention", transformers_attention)
     scale = 1 if device == "cuda" else 32  # the CPU tries it out
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -487,11 +501,11 @@ def transformers_of(way: str, device: str) -> None:
     )
     model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     model.set_attn_implementation("sdpa" if way == "sdpa" else "flex_attention")
-    for round_ in range(ROUNDS):
+    for round_, longer in enumerate(ROUNDS):
         generator = torch.Generator().manual_seed(0)
         for _ in range(SIZES_OF_MODEL):
-            batch_size = int(torch.randint(2, 9, (), generator=generator))
-            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale
+            batch_size = max(2, int(torch.randint(2, 9, (), generator=generator)) // longer)
+            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale * longer
             attention_mask = (~right_padding(batch_size, length, generator, device)).long()
             input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator).to(device)
             labels = input_ids.masked_fill(attention_mask == 0, -100)
@@ -574,17 +588,25 @@ def attention_table(folder: Path) -> str:
 
 
 def transformers_table(folder: Path) -> str:
+    """The first round, and the median of the later ones at each length."""
     result = load("transformers", folder)
-    lines = ["| | first round | later rounds | compilations |", "|---|---|---|---|"]
+    factors = list(dict.fromkeys(ROUNDS))
+    lines = [f"| | from cold | warm {'| '.join(f'| {n} x as long ' for n in factors[1:])}| compilations |"]
+    lines.append("|---" * (len(factors) + 3) + "|")
     for row in result["results"]:
         if "total_s" not in row:
-            lines.append(f"| {row['way']} | stopped after {row['stopped_after_s']:.0f} s | | |")
+            lines.append(
+                f"| {row['way']} | stopped after {row['stopped_after_s']:.0f} s " + "| " * len(factors) + "| |"
+            )
             continue
-        rounds = [0.0] * ROUNDS
+        rounds = [0.0] * len(ROUNDS)
         for step in row["steps"]:
             rounds[step["round"]] += step["seconds"]
-        later = statistics.median(rounds[1:])
-        lines.append(f"| {row['way']} | {rounds[0]:.0f} s | {later * 1e3:.0f} ms | {row['compilations']} |")
+        cells = [f"{rounds[0]:.0f} s"]
+        for factor in factors:
+            warm = [seconds for i, seconds in enumerate(rounds) if ROUNDS[i] == factor and i]
+            cells.append(f"{statistics.median(warm) * 1e3:.0f} ms")
+        lines.append(f"| {' | '.join([row['way'], *cells])} | {row['compilations']} |")
     return "\n".join([*lines, "", made_with(result)])
 
 
@@ -674,7 +696,7 @@ def main() -> None:
         attention("scaling", cases(sizes, [128], ["16/16"], [40], ["right"]), ways, args.results, args.device)
     if args.what in ("block-mask", "all"):
         block_mask(args.results)
-    for what, names, steps in (("stream", BUILDERS, BATCHES), ("transformers", MODELS, ROUNDS * SIZES_OF_MODEL)):
+    for what, names, steps in (("stream", BUILDERS, BATCHES), ("transformers", MODELS, len(ROUNDS) * SIZES_OF_MODEL)):
         if args.what in (what, "all"):
             chosen_ways = {way: name for way, name in names.items() if way in (args.of or names)}
             in_a_process(what, chosen_ways, steps, args.limit, args.results, args.device)

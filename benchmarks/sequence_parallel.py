@@ -12,11 +12,12 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark import RESULTS, Row, load, made_with, save, synchronize
+from benchmark import RESULTS, Row, compile_afresh, load, made_with, save, synchronize
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -50,18 +51,32 @@ def checksums(part: Tensor) -> list[int]:
 
 
 def milliseconds(run: Callable[[], object], device: str, times: int) -> float:
-    """The median over `times` runs of the slowest rank, after two that warm up."""
-    samples = []
-    for _ in range(times + 2):
+    """Of the slowest rank: the median of three queues of up to `times` runs, as many as take 2 s, or of a run alone."""
+
+    def queue(runs: int) -> float:
         synchronize(device)
         dist.barrier()
         start = time.perf_counter()
-        run()
+        for _ in range(runs):
+            run()
         synchronize(device)
-        slowest = torch.tensor(time.perf_counter() - start, device=device)
+        slowest = torch.tensor((time.perf_counter() - start) / runs, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        samples.append(slowest.item() * 1e3)
-    return statistics.median(samples[2:])
+        return slowest.item() * 1e3
+
+    queue(1)  # compiles
+    alone = queue(1)
+    runs = min(times, int(2000 / alone))
+    return statistics.median(queue(runs) for _ in range(3)) if runs else alone
+
+
+def attention_over(length: int, mesh: DeviceMesh, device: str) -> Callable[..., Tensor]:
+    compile_afresh()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
+    block_mask = create_causal_padding_block_mask(pads)
+    return lambda *inputs: sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask)
 
 
 def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int) -> Row:
@@ -69,11 +84,7 @@ def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceM
     sizes = (heads, kv_heads, kv_heads, heads)
     *parts, grad_output = (make_part(seed, n, length, head_dim, device, dtype) for seed, n in enumerate(sizes))
     inputs = [x.detach().requires_grad_() for x in parts]
-    pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
-    block_mask = create_causal_padding_block_mask(pads)
-
-    def attend(*inputs: Tensor) -> Tensor:
-        return sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask)
+    attend = attention_over(length, mesh, device)
 
     def both() -> list[Tensor]:
         output = attend(*inputs)
@@ -84,15 +95,36 @@ def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceM
         for x in (*parts, grad_output) * 2:
             DTensor.from_local(x, mesh, [Shard(2)]).redistribute(mesh, [Shard(1)]).to_local()
 
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    row: Row = {"checksums": [checksums(x) for x in both()]}
-    if device == "cuda":
-        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    row: Row = {"checksums": [checksums(x) for x in both()]} | memory(device)
     row["forward_ms"] = milliseconds(lambda: attend(*parts), device, times)
     row["both_ms"] = milliseconds(both, device, times)
     row["exchange_ms"] = milliseconds(exchange, device, times)
     return row
+
+
+def measure_layers(
+    layers: int, length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int
+) -> Row:
+    """The attention of a decoder, with its projections: what a model keeps for the backward pass grows with them."""
+    dtype, width = torch.bfloat16 if device == "cuda" else torch.float32, heads * head_dim
+    attend, sizes = attention_over(length, mesh, device), [heads, kv_heads, kv_heads]
+    x = make_part(0, heads, length, head_dim, device, dtype).transpose(1, 2).flatten(2)  # (1, length / ranks, width)
+    shapes = [(width, sum(sizes) * head_dim), (width, width)] * layers
+    weights = [torch.randn(shape, device=device, dtype=dtype).div_(width**0.5).requires_grad_() for shape in shapes]
+
+    def both() -> None:
+        y = x
+        for into, out in zip(weights[::2], weights[1::2], strict=True):
+            query, key, value = (y @ into).unflatten(-1, (-1, head_dim)).transpose(1, 2).split(sizes, dim=1)
+            y = y + attend(query, key, value).transpose(1, 2).flatten(2) @ out
+        torch.autograd.grad(y, weights, torch.ones_like(y))
+
+    both()
+    return {**memory(device), "both_ms": milliseconds(both, device, times)}
+
+
+def memory(device: str) -> Row:
+    return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {}
 
 
 def table(folder: Path) -> str:
@@ -103,23 +135,33 @@ def table(folder: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row, base in with_base(result["results"]):
-        start = f"| {row['length']:,} | {row['ranks']} |".replace(",", " ")
+        layers = f", {row['layers']} layers" if "layers" in row else ""
+        start = f"| {row['length']:,}".replace(",", " ") + f"{layers} | {row['ranks']} |"
         if base is None:
             lines.append(f"{start} out of memory | | | | | |")
             continue
-        memory = f"{row['peak_mib'] / 1024:.1f}" if "peak_mib" in row else ""
-        same = "" if row is base else "yes" if row["checksums"] == base["checksums"] else "no"
-        cells = f"{row['forward_ms']:.1f} | {row['both_ms']:.1f} | {row['exchange_ms'] / row['both_ms']:.0%} | {memory}"
-        lines.append(f"{start} {cells} | {efficiency(row, base):.0%} | {same} |")
+        cells = [
+            f"{row['forward_ms']:.1f}" if "forward_ms" in row else "",
+            f"{row['both_ms']:.1f}",
+            f"{row['exchange_ms'] / row['both_ms']:.0%}" if "exchange_ms" in row else "",
+            f"{row['peak_mib'] / 1024:.1f}" if "peak_mib" in row else "",
+            f"{efficiency(row, base):.0%}",
+            "" if row is base or layers else "yes" if row["checksums"] == base["checksums"] else "no",
+        ]
+        lines.append(f"{start} {' | '.join(cells)} |")
     shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding".format(**result)
     return "\n".join([shape, "", *lines, "", made_with(result)])
 
 
 def with_base(rows: list[Row]) -> list[tuple[Row, Row | None]]:
-    """Each row by length and ranks, with that of the fewest ranks that hold the length; None if it does not fit."""
-    rows = sorted(rows, key=lambda row: (row["length"], row["ranks"]))
+    """Each row in order, with that of the fewest ranks that hold its length; None if it does not fit itself."""
+
+    def size(row: Row) -> tuple[int, int]:
+        return row.get("layers", 0), row["length"]
+
+    rows = sorted(rows, key=lambda row: (*size(row), row["ranks"]))
     fits = [row for row in rows if "both_ms" in row]
-    return [(row, next(x for x in fits if x["length"] == row["length"]) if row in fits else None) for row in rows]
+    return [(row, next(x for x in fits if size(x) == size(row)) if row in fits else None) for row in rows]
 
 
 def efficiency(row: Row, base: Row) -> float:
@@ -130,7 +172,7 @@ def plot(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     result = load("sequence_parallel", folder)
-    pairs = [(row, base) for row, base in with_base(result["results"]) if base is not None]
+    pairs = [(row, base) for row, base in with_base(result["results"]) if base is not None and "layers" not in row]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, length in enumerate(dict.fromkeys(row["length"] for row, _ in pairs)):
@@ -149,6 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["measure", "table", "plot"], default="measure")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S")
+    parser.add_argument("--layers", type=int, default=24, help="of a decoder")
+    parser.add_argument("--layers-lengths", nargs="*", type=int, default=[2**17], metavar="S", help="for the decoder")
     parser.add_argument("--heads", default="32/8", metavar="Hq/Hkv")
     parser.add_argument("--head-dim", type=int, default=128, metavar="D")
     parser.add_argument("--times", type=int, default=10)
@@ -171,10 +215,11 @@ def main() -> None:
     rows = (
         [row for row in load("sequence_parallel", args.results)["results"] if row["ranks"] != ranks] if measured else []
     )
-    for length in args.lengths:
-        row: Row = {"ranks": ranks, "length": length}
+    over_layers = partial(measure_layers, args.layers)
+    for way, length in [(measure, n) for n in args.lengths] + [(over_layers, n) for n in args.layers_lengths]:
+        row: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
         try:
-            row |= measure(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
+            row |= way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
         rows.append(row)

@@ -14,7 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from causal_padded_flexattn import (
+    _compiled_flex_attention,
     _flash_obstacle,
+    _raise_recompile_limit,
     causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
@@ -146,6 +148,21 @@ def test_one_block_mask_serves_all_layers(device: str) -> None:
         check(*make_inputs(device), pads, block_mask=block_mask)
     both_ways = create_causal_padding_block_mask(pads, causal=False)
     check(*make_inputs(device), pads, causal=False, block_mask=both_ways)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("BLOCK_SIZE", [256, (128, 384)])
+def test_blocks_that_reach_past_the_end(BLOCK_SIZE: int | tuple[int, int], is_causal: bool, device: str) -> None:
+    """384 is a multiple of the kernel's tiles, not of the blocks; what lies behind must not be read."""
+    inputs, grad_output = make_inputs(device, lengths=(512, 512))
+    pads = make_pads("right", 512, device)
+    for x in (*inputs, grad_output):
+        x[:, :, 384:] = 1e4
+    pads[:, 384:] = False
+    block_mask = create_causal_padding_block_mask(pads[:, :384], causal=is_causal, BLOCK_SIZE=BLOCK_SIZE)
+    shorter = [x[:, :, :384] for x in inputs]
+    check(shorter, grad_output[:, :, :384], pads[:, :384], causal=is_causal, block_mask=block_mask)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -343,6 +360,19 @@ def test_a_growing_cache_compiles_three_times_at_most(compilations: Callable[[],
         with torch.no_grad():
             causal_padded_attention(query, key, value, make_pads("left", length, "cuda"))
     assert 1 <= compilations() <= 3
+
+
+def test_more_kinds_of_input_than_torch_compiles_left_to_itself(
+    compilations: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 8)
+    for cached in (_compiled_flex_attention, _raise_recompile_limit):
+        cached.cache_clear()
+    for size in range(16, 16 + 12):
+        (query, key, value), _ = make_inputs("cpu", lengths=(8, 8), sizes=(size, size))
+        with torch.no_grad():
+            causal_padded_attention(query, key, value, make_pads("right", 8, "cpu"))
+    assert compilations() == 12
 
 
 @pytest.mark.cuda

@@ -72,12 +72,14 @@ def test_a_run_of_a_model(tmp_path: Path) -> None:
     run("transformers", "--device", "cpu", "--of", "sdpa", folder=tmp_path)
     (row,) = json.loads((tmp_path / "transformers.json").read_text())["results"]
     steps = row["steps"]
-    assert [step["round"] for step in steps] == [i // 5 for i in range(20)]
+    assert [step["round"] for step in steps] == [i // 5 for i in range(50)]
     assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
-    rounds = [sum(step["seconds"] for step in steps if step["round"] == i) for i in range(4)]
+    assert [steps[i]["length"] for i in (20, 35)] == [2 * steps[0]["length"], 4 * steps[0]["length"]]
+    rounds = [sum(step["seconds"] for step in steps if step["round"] == i) for i in range(10)]
     assert row["total_s"] == pytest.approx(sum(rounds))
     table = benchmark.transformers_table(tmp_path)
-    assert f"| sdpa | {rounds[0]:.0f} s | {sorted(rounds[1:])[1] * 1e3:.0f} ms | 0 |" in table
+    medians = " | ".join(f"{sorted(some)[1] * 1e3:.0f} ms" for some in (rounds[1:4], rounds[4:7], rounds[7:]))
+    assert f"| sdpa | {rounds[0]:.0f} s | {medians} | 0 |" in table
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -116,9 +118,15 @@ def test_sequence_parallel(tmp_path: Path) -> None:
     for ranks in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
         command += ["--device", "cpu", "--lengths", "64", "--heads", "4/2", "--head-dim", "16", "--times", "3"]
+        command += ["--layers", "2", "--layers-lengths", "32"]
         subprocess.run([*command, "--results", str(tmp_path)], check=True, capture_output=True)
     rows = json.loads((tmp_path / "sequence_parallel.json").read_text())["results"]
-    assert [row["ranks"] for row in rows] == [1, 2]
+    assert [(row["ranks"], row["length"], row.get("layers")) for row in rows] == [
+        *((1, 64, None), (1, 32, 2)),
+        *((2, 64, None), (2, 32, 2)),
+    ]
+    layers = [row["both_ms"] for row in rows[1::2]]
+    rows = rows[::2]
     assert rows[0]["checksums"] == rows[1]["checksums"]
     assert len(rows[0]["checksums"]) == 4
     for sums in rows[0]["checksums"]:  # of 16 chunks: 38 of 64 tokens are real, and padding is zero
@@ -126,6 +134,7 @@ def test_sequence_parallel(tmp_path: Path) -> None:
     table = sequence_parallel.table(tmp_path)
     efficiency = rows[0]["both_ms"] / rows[1]["both_ms"] / 2
     assert re.search(rf"\| 64 \| 2 \| .* \| {efficiency:.0%} \| yes \|\n", table)
+    assert f"| 32, 2 layers | 2 |  | {layers[1]:.1f} |  |  | {layers[0] / layers[1] / 2:.0%} |  |" in table
     sequence_parallel.plot(tmp_path)
     assert (tmp_path / "sequence_parallel.png").stat().st_size > 10_000
 

@@ -1,6 +1,7 @@
 """Models of transformers with the block mask in closed form give what they give with sdpa."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ import transformers
 from conftest import DEVICES, explicit_mask
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
-from transformers.integrations.flex_attention import WrappedFlexAttention
+from transformers.integrations.flex_attention import WrappedFlexAttention, flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flex_attention_mask
 
 import causal_padded_flexattn
-from causal_padded_flexattn import transformers_block_mask
+from causal_padded_flexattn import transformers_attention, transformers_block_mask
 
 SIZES = {
     "vocab_size": 97,
@@ -87,6 +88,32 @@ def test_logits(kind: str, masks: int, side: str, device: str, closed_forms: lis
     real = attention_mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
     assert len(closed_forms) == masks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "bert"])
+def test_logits_with_chosen_kernels(
+    kind: str, device: str, closed_forms: list, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    chosen = []
+    choose = causal_padded_flexattn._kernel_options
+    monkeypatch.setattr(
+        causal_padded_flexattn, "_kernel_options", lambda *args: chosen.append(choose(*args)) or chosen[-1]
+    )
+    restore = partial(transformers.AttentionInterface.register, "flex_attention", flex_attention_forward)
+    request.addfinalizer(restore)
+    transformers.AttentionInterface.register("flex_attention", transformers_attention)
+    for length in (100, 150, 256):  # 200 rows for a key head: left to itself, torch 2.11 has no kernel for the first
+        input_ids, attention_mask = make_batch("left", device, length)
+        with torch.no_grad():
+            logits, expected = (
+                make_model(kind, device, way)(input_ids, attention_mask=attention_mask).logits
+                for way in ("flex_attention", "sdpa")
+            )
+        real = attention_mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert len(chosen) == 3 * SIZES["num_hidden_layers"]
+    assert all((options is None) == (device == "cpu") for options in chosen)
 
 
 @pytest.mark.cuda
