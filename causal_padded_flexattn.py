@@ -258,7 +258,8 @@ def causal_padded_attention(
             made here when None. It then decides, also over `causal`.
         causal: whether a query sees only the keys up to its own position.
         scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
-        backend: "triton", "flash" (FlashAttention-4), or "auto", for now "triton".
+        backend: "triton", "flash" (FlashAttention-4), or "auto": "flash" where it is installed, can be used and is
+            faster, which it is for large inputs; never under `torch.use_deterministic_algorithms`.
         safe_padding: zero the padded rows first. Without it NaN or Inf there reach real rows: those of `value`
             the output (0 * NaN is NaN in a tile that is not all real), those of all three the gradients. It costs a
             copy of the three each way: 0.5 ms forward, 0.5 backward at B8 H16 S4096 D64 (bfloat16, H100, torch 2.11).
@@ -284,6 +285,8 @@ def causal_padded_attention(
     # On the CPU flex takes nothing that requires a gradient, and what it compiles to fails to build at some shapes.
     if query.device.type == "cpu" and (compiling or any(x.requires_grad for x in (query, key, value))):
         return _masked_sdpa(query, key, value, _dense_mask(block_mask, query), scale)
+    if backend == "auto":
+        backend = "flash" if _is_faster_with_flash(query, key, value, block_mask) else "triton"
     flex: Any = flex_attention if compiling else _compiled_flex_attention(query.device.type)
     options, grouped = _kernel_options(query, key, block_mask, backend), query.shape[1] != key.shape[1]
     return flex(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options)
@@ -370,8 +373,7 @@ def _check_inputs(
 
 def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What keeps the FLASH kernel from being used, if anything; after the checks of flash_attn.cute.interface."""
-    packages = "flash_attn", "flash_attn.cute", "cutlass"  # version 2 has the first alone
-    if not torch.compiler.is_compiling() and not all(map(_installed, packages)):  # else torch says it
+    if not all(map(_installed, ("flash_attn", "flash_attn.cute", "cutlass"))):  # version 2 has the first alone
         return "needs the package flash-attn-4: pip install --pre flash-attn-4"
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
     if major not in (9, 10, 11):
@@ -384,6 +386,21 @@ def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if query.shape[2] != key.shape[2]:
         return f"needs as many queries as keys; got {query.shape[2]} and {key.shape[2]}"
     return None
+
+
+_FLASH_FROM = 2e11  # B Hq L S E
+
+
+def _is_faster_with_flash(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> bool:
+    # Measured on an H100 with torch 2.11, head sizes of 64 and 128: its kernels are faster, its launch takes the host
+    # longer. What the padding leaves to compute cannot be asked without waiting for the device.
+    return (
+        query.numel() * key.shape[2] >= _FLASH_FROM
+        and max(query.shape[3], value.shape[3]) <= 128
+        and block_mask.BLOCK_SIZE == (128, 128)
+        and not torch.are_deterministic_algorithms_enabled()
+        and _flash_obstacle(query, key, value) is None
+    )
 
 
 def sequence_parallel_attention(
@@ -437,6 +454,7 @@ def sequence_parallel_attention(
     return exchange(causal_padded_attention(query, key, value, pads, **kwargs), 1, 2)
 
 
+@torch.compiler.assume_constant_result  # which torch.compile cannot find out itself
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -364,6 +364,14 @@ def cases(
     ]
 
 
+def usual_cases() -> list[Case]:
+    """Two sizes and head sizes, and for one of them other heads and paddings, one thing changed at a time."""
+    sizes = cases(["4x16384", "8x4096"], [128, 64], ["16/16"], [40], ["right"])
+    usual = cases(["8x4096"], [128], ["16/16"], [40], ["right"])[0]
+    others: list[Row] = [{"kv_heads": 4}, {"padding": 0}, {"padding": 75}, {"side": "left"}]
+    return [*sizes, *(replace(usual, **change) for change in others)]
+
+
 # ---- the block mask -----------------------------------------------------------------------------------------
 
 SIZES = [(8, 2048), (8, 4096), (4, 16384), (8, 32768), (8, 131072)]
@@ -587,11 +595,28 @@ def attention_table(folder: Path) -> str:
     return "\n\n".join([*("\n".join(lines) for lines in tables.values()), rate_line, made_with(result)])
 
 
+def scaling_table(folder: Path) -> str:
+    """Milliseconds forward and backward together, and GiB at the peak, against the length."""
+    result = load("scaling", folder)
+    lengths = list(dict.fromkeys(row["kv_len"] for row in result["results"]))
+    lines = [f"| ms (GiB) | {' | '.join(f'{length:,}'.replace(',', ' ') for length in lengths)} |"]
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    cells: dict[str, list[str]] = {}
+    for row in result["results"]:
+        if "forward_ms" in row:
+            both = row["forward_ms"][1] + row["backward_ms"][1]
+            cell = f"{both:.{1 if both < 100 else 0}f} ({row.get('peak_mib', 0) / 1024:.1f})"
+        else:
+            cell = row["not_measured"]
+        cells.setdefault(row["way"], []).append(cell)
+    return "\n".join([*lines, *(f"| {' | '.join([way, *row])} |" for way, row in cells.items()), "", made_with(result)])
+
+
 def transformers_table(folder: Path) -> str:
     """The first round, and the median of the later ones at each length."""
     result = load("transformers", folder)
     factors = list(dict.fromkeys(ROUNDS))
-    lines = [f"| | from cold | warm {'| '.join(f'| {n} x as long ' for n in factors[1:])}| compilations |"]
+    lines = [f"| | from cold | warm {''.join(f'| {n} x as long ' for n in factors[1:])}| compilations |"]
     lines.append("|---" * (len(factors) + 3) + "|")
     for row in result["results"]:
         if "total_s" not in row:
@@ -614,6 +639,7 @@ TABLES = {
     "block-mask": block_mask_table,
     "stream": stream_table,
     "attention": attention_table,
+    "scaling": scaling_table,
     "transformers": transformers_table,
 }
 
@@ -676,24 +702,25 @@ def main() -> None:
     parser.add_argument("what", choices=[*measurements, "all", "table", "plot", "stream-of", "transformers-of"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of attention; cpu tries it out")
-    parser.add_argument("--sizes", nargs="+", default=["8x4096", "4x16384"], metavar="BxS")
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128], metavar="D")
-    parser.add_argument("--heads", nargs="+", default=["16/16", "16/4"], metavar="Hq/Hkv")
-    parser.add_argument("--padding", nargs="+", type=int, default=[0, 40, 75], metavar="PERCENT")
-    parser.add_argument("--sides", nargs="+", choices=["right", "left"], default=["right", "left"])
-    parser.add_argument("--ways", default="", help="of attention: only those whose name contains this")
+    parser.add_argument("--sizes", nargs="+", metavar="BxS", help="of attention or scaling, instead of the usual cases")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[128], metavar="D")
+    parser.add_argument("--heads", nargs="+", default=["16/16"], metavar="Hq/Hkv")
+    parser.add_argument("--padding", nargs="+", type=int, default=[40], metavar="PERCENT")
+    parser.add_argument("--sides", nargs="+", choices=["right", "left"], default=["right"])
+    parser.add_argument("--ways", nargs="+", default=[""], help="of attention: those whose name contains one of these")
     parser.add_argument("--of", nargs="+", help="ways of stream or transformers, all if left out; for -of, the one")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
     parser.add_argument("--table", choices=TABLES, default="attention", help="which table")
     args = parser.parse_args()
-    ways = [way for way in WAYS if args.ways in way]
+    ways = [way for way in WAYS if any(part in way for part in args.ways)]
+    chosen = cases(args.sizes or [], args.head_dims, args.heads, args.padding, args.sides)
     if args.what in ("attention", "all"):
-        chosen = cases(args.sizes, args.head_dims, args.heads, args.padding, args.sides)
-        attention("attention", chosen, ways, args.results, args.device)
+        attention("attention", chosen or usual_cases(), ways, args.results, args.device)
     if args.what in ("scaling", "all"):
         tokens = 2**17
         sizes = [f"{tokens // kv_len}x{kv_len}" for kv_len in (2**n for n in range(10, 18))]
-        attention("scaling", cases(sizes, [128], ["16/16"], [40], ["right"]), ways, args.results, args.device)
+        longer = cases(sizes, [128], ["16/16"], [40], ["right"])
+        attention("scaling", chosen or longer, ways, args.results, args.device)
     if args.what in ("block-mask", "all"):
         block_mask(args.results)
     for what, names, steps in (("stream", BUILDERS, BATCHES), ("transformers", MODELS, len(ROUNDS) * SIZES_OF_MODEL)):

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node N benchmarks/sequence_parallel.py      measure; for N = 1, 2, 4, ... one after the other
 python benchmarks/sequence_parallel.py table | plot              show what was measured
 
-Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows of its number of ranks.
+Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows that it measures again.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from causal_padded_flexattn import create_causal_padding_block_mask, sequence_pa
 CHUNKS = (
     16  # a sequence is made in as many parts, each from its own seed, so that it is the same on any number of ranks
 )
+
+
+SIZE = ("ranks", "length", "layers")  # of a row, the last for a decoder alone
 
 
 def make_part(seed: int, heads: int, length: int, head_dim: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -76,7 +79,8 @@ def attention_over(length: int, mesh: DeviceMesh, device: str) -> Callable[..., 
         torch.cuda.reset_peak_memory_stats()
     pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
     block_mask = create_causal_padding_block_mask(pads)
-    return lambda *inputs: sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask)
+    # Triton's kernels give the same bits every time.
+    return lambda *inputs: sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask, backend="triton")
 
 
 def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int) -> Row:
@@ -131,7 +135,7 @@ def table(folder: Path) -> str:
     """Milliseconds, memory, the share of the exchange, and the efficiency against the fewest ranks of that length."""
     result = load("sequence_parallel", folder)
     lines = [
-        "| tokens | GPUs | ms forward | ms with backward | of it exchange | GiB a GPU | efficiency | same bits |",
+        "| tokens | GPUs | ms forward | ms with backward | exchange alone | GiB a GPU | efficiency | same bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row, base in with_base(result["results"]):
@@ -140,17 +144,37 @@ def table(folder: Path) -> str:
         if base is None:
             lines.append(f"{start} out of memory | | | | | |")
             continue
+        exchanges = "exchange_ms" in row and row["ranks"] > 1
         cells = [
             f"{row['forward_ms']:.1f}" if "forward_ms" in row else "",
             f"{row['both_ms']:.1f}",
-            f"{row['exchange_ms'] / row['both_ms']:.0%}" if "exchange_ms" in row else "",
+            f"{row['exchange_ms']:.1f} ({row['exchange_ms'] / row['both_ms']:.0%})" if exchanges else "",
             f"{row['peak_mib'] / 1024:.1f}" if "peak_mib" in row else "",
             f"{efficiency(row, base):.0%}",
             "" if row is base or layers else "yes" if row["checksums"] == base["checksums"] else "no",
         ]
         lines.append(f"{start} {' | '.join(cells)} |")
     shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding".format(**result)
-    return "\n".join([shape, "", *lines, "", made_with(result)])
+    return "\n".join([shape, "", *lines, "", *estimate(result["results"]), made_with(result)])
+
+
+def estimate(rows: list[Row], ranks: int = 8, length: int = 2**20) -> list[str]:
+    """What more GPUs and tokens would take, from one GPU's arithmetic and two GPUs' exchange and memory."""
+    rows = [row for row in rows if "exchange_ms" in row]
+    if not rows or any((row["ranks"], row["length"]) == (ranks, length) for row in rows):
+        return []
+    longest = max(row["length"] for row in rows)
+    base = {row["ranks"]: row for row in rows if row["length"] == longest}
+    if 1 not in base or 2 not in base:
+        return []
+    arithmetic = base[1]["both_ms"] * (length / longest) ** 2 / ranks
+    # A GPU sends all of its tokens but those whose heads are its own.
+    sent, sent_by_two = length / ranks * (1 - 1 / ranks), longest / 2 * (1 - 1 / 2)
+    exchange = base[2]["exchange_ms"] * sent / sent_by_two
+    gibibytes = base[2].get("peak_mib", 0) / 1024 * (length / ranks) / (longest / 2)
+    what = f"{ranks} GPUs and {length:,} tokens".replace(",", " ")
+    parts = f"{arithmetic / 1e3:.2f} s of arithmetic, {exchange:.0f} ms of exchange, {gibibytes:.0f} GiB a GPU"
+    return [f"Computed from the longest rows, not measured: {what}, forward and backward: {parts}.", ""]
 
 
 def with_base(rows: list[Row]) -> list[tuple[Row, Row | None]]:
@@ -190,7 +214,7 @@ def plot(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["measure", "table", "plot"], default="measure")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S")
     parser.add_argument("--layers", type=int, default=24, help="of a decoder")
     parser.add_argument("--layers-lengths", nargs="*", type=int, default=[2**17], metavar="S", help="for the decoder")
     parser.add_argument("--heads", default="32/8", metavar="Hq/Hkv")
@@ -212,17 +236,15 @@ def main() -> None:
     heads, kv_heads = map(int, args.heads.split("/"))
     shape = {"batch_size": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": args.head_dim}
     measured = (args.results / "sequence_parallel.json").exists()
-    rows = (
-        [row for row in load("sequence_parallel", args.results)["results"] if row["ranks"] != ranks] if measured else []
-    )
+    rows = load("sequence_parallel", args.results)["results"] if measured else []
     over_layers = partial(measure_layers, args.layers)
     for way, length in [(measure, n) for n in args.lengths] + [(over_layers, n) for n in args.layers_lengths]:
-        row: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
+        size: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
         try:
-            row |= way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
+            row = size | way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
         except torch.OutOfMemoryError:
-            row["out_of_memory"] = True
-        rows.append(row)
+            row = {**size, "out_of_memory": True}
+        rows = [x for x in rows if {key: x.get(key) for key in SIZE} != {key: row.get(key) for key in SIZE}] + [row]
         if dist.get_rank() == 0:
             print({key: value for key, value in row.items() if key != "checksums"}, flush=True)
             save("sequence_parallel", rows, args.results, args.device, **shape)

@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
+import causal_padded_flexattn
 from causal_padded_flexattn import (
     _compiled_flex_attention,
     _flash_obstacle,
+    _is_faster_with_flash,
     _raise_recompile_limit,
     causal,
     causal_padded_attention,
@@ -393,13 +395,63 @@ def _bad(change: dict) -> dict:
     return {"query": query, "key": key, "value": value, "pads": make_pads("right", 8, "cpu"), **change}
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("sizes", [(64, 64), (128, 128)])
-def test_flash(sizes: tuple[int, int]) -> None:
+@pytest.fixture
+def _flash_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flash_attn.cute")
-    for padding in ("right", "left"):
-        inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300), sizes=sizes)
-        check(inputs, grad_output, make_pads(padding, 300, "cuda"), backend="flash")
+    monkeypatch.setattr(causal_padded_flexattn, "_FLASH_FROM", 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("_flash_for_all_sizes")
+@pytest.mark.parametrize("backend", ["auto", "flash"])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128)])
+def test_flash(sizes: tuple[int, int], backend: str, compilations: Callable[[], int]) -> None:
+    for length in (300, 384, 1000, 77):
+        for padding in PADDING:
+            inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(length, length), sizes=sizes)
+            check(inputs, grad_output, make_pads(padding, length, "cuda"), backend=backend)
+    assert 1 <= compilations() <= 3
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("_flash_for_all_sizes")
+def test_flash_in_a_compiled_model() -> None:
+    inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300))
+    pads = make_pads("right", 300, "cuda")
+
+    def model(*inputs: Tensor) -> Tensor:
+        return causal_padded_attention(*(x * 2 for x in inputs), pads) + 1
+
+    compiled = torch.compile(model, fullgraph=True)
+    for result, expected in zip(*(with_gradients(way, inputs, grad_output) for way in (compiled, model)), strict=True):
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "flash"),
+    [
+        ({}, True),
+        ({"lengths": (511, 511)}, False),
+        ({"lengths": (256, 1024)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"sizes": (64, 256)}, False),
+        ({"BLOCK_SIZE": 256}, False),
+        ({"deterministic": True}, False),
+        ({"missing": "cutlass"}, False),
+    ],
+)
+def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing, deterministic = change.pop("missing", "nothing"), change.pop("deterministic", False)
+    BLOCK_SIZE = change.pop("BLOCK_SIZE", 128)
+    monkeypatch.setattr(causal_padded_flexattn, "_FLASH_FROM", 3 * 4 * 512 * 512 * 64)
+    monkeypatch.setattr(causal_padded_flexattn, "_installed", lambda name: name != missing)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
+    (query, key, value), _ = make_inputs("cpu", **{"dtype": torch.bfloat16, "lengths": (512, 512), **change})
+    pads = torch.zeros(3, key.shape[2], dtype=torch.bool)
+    block_mask = create_causal_padding_block_mask(pads, query.shape[2], BLOCK_SIZE=BLOCK_SIZE)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
+    assert _is_faster_with_flash(query, key, value, block_mask) == flash
 
 
 @pytest.mark.cuda
@@ -430,7 +482,7 @@ def test_flash_says_what_it_needs() -> None:
 )
 def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     missing, capability = change.pop("missing", "nothing"), change.pop("capability", (9, 0))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(causal_padded_flexattn, "_installed", lambda name: name != missing)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     on_cuda = change.pop("device", "cuda") == "cuda"
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: on_cuda))
@@ -439,10 +491,16 @@ def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.M
     assert obstacle is None if needs is None else obstacle.startswith(f"needs {needs}")
 
 
-def test_a_compiled_model_may_ask_what_flash_needs() -> None:
+@pytest.mark.parametrize(
+    ("spec", "obstacle"), [(None, "needs the package flash-attn-4: pip"), ("found", "needs a Hopper or Blackwell card")]
+)
+def test_a_compiled_model_may_ask_what_flash_needs(
+    spec: str | None, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     inputs, _ = make_inputs("cpu", lengths=(8, 8))
-    obstacle = torch.compile(lambda *x: (x[0] + 1, _flash_obstacle(*x)), fullgraph=True, backend="eager")(*inputs)[1]
-    assert obstacle == "needs a Hopper or Blackwell card; query is on cpu"
+    ask = torch.compile(lambda *x: (x[0] + 1, _flash_obstacle(*x)), fullgraph=True, backend="eager")
+    assert ask(*inputs)[1].startswith(obstacle)
 
 
 def _zeros(*shape: int, **kwargs) -> Tensor:

@@ -139,6 +139,19 @@ def test_sequence_parallel(tmp_path: Path) -> None:
     assert (tmp_path / "sequence_parallel.png").stat().st_size > 10_000
 
 
+def test_the_table_of_scaling(tmp_path: Path) -> None:
+    def row(kv_len: int, way: str, **more: object) -> dict:
+        return {"kv_len": kv_len, "way": way, **more}
+
+    short, long = ({"forward_ms": [0, n, 9], "backward_ms": [0, 2.0 * n, 9], "peak_mib": 512} for n in (1.25, 100.0))
+    rows = [row(1024, "a", **short), row(1024, "b", not_measured="why"), row(2048, "a", **long), row(2048, "b", **long)]
+    versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01"}
+    (tmp_path / "scaling.json").write_text(json.dumps({**versions, "results": rows}))
+    table = benchmark.scaling_table(tmp_path).splitlines()
+    assert table[0] == "| ms (GiB) | 1 024 | 2 048 |"
+    assert table[2:4] == ["| a | 3.8 (0.5) | 300 (0.5) |", "| b | why | 300 (0.5) |"]
+
+
 def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     def row(ranks: int, both: float, bits: int) -> dict:
         times = {"forward_ms": 1.0, "both_ms": both, "exchange_ms": 2.0, "peak_mib": 512.0}
@@ -151,5 +164,20 @@ def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     table = sequence_parallel.table(tmp_path)
     assert table.startswith("B1 H32/8 D128, 40 % right padding\n")
     assert "| 2 048 | 1 | out of memory |" in table
-    assert "| 2 048 | 2 | 1.0 | 8.0 | 25% | 0.5 | 100% |  |" in table
-    assert "| 2 048 | 4 | 1.0 | 5.0 | 40% | 0.5 | 80% | no |" in table
+    assert "| 2 048 | 2 | 1.0 | 8.0 | 2.0 (25%) | 0.5 | 100% |  |" in table
+    assert "| 2 048 | 4 | 1.0 | 5.0 | 2.0 (40%) | 0.5 | 80% | no |" in table
+    assert "Computed" not in table  # without one GPU
+
+
+def test_the_estimate_of_sequence_parallel() -> None:
+    rows = [
+        {"ranks": 1, "length": 1000, "both_ms": 1.0, "exchange_ms": 7.0},
+        {"ranks": 1, "length": 2000, "both_ms": 8000.0, "exchange_ms": 7.0},
+        {"ranks": 2, "length": 2000, "both_ms": 1.0, "exchange_ms": 100.0, "peak_mib": 2048},
+    ]
+    (line, _) = sequence_parallel.estimate(rows, ranks=4, length=8000)
+    # 16 times the arithmetic on 4 GPUs; 1500 tokens sent, which was 500; twice as many of its own tokens
+    assert line.endswith(
+        "4 GPUs and 8 000 tokens, forward and backward: 32.00 s of arithmetic, 300 ms of exchange, 4 GiB a GPU."
+    )
+    assert not sequence_parallel.estimate([*rows, rows[2] | {"ranks": 4, "length": 8000}], ranks=4, length=8000)
