@@ -187,7 +187,7 @@ def needs_cuda(batch: Batch) -> None:
         raise NotMeasuredError("needs CUDA")
 
 
-def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
+def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False) -> Attention:
     if backend == "flash" and (obstacle := _flash_obstacle(*batch.inputs)):
         raise NotMeasuredError(obstacle)
     block_mask = create_causal_padding_block_mask(batch.pads)
@@ -196,7 +196,8 @@ def ours(batch: Batch, backend: str, dynamic: bool | None = None) -> Attention:
         compiled, options = torch.compile(flex_attention, dynamic=True), _kernel_options(*batch.inputs[:2], block_mask)
         grouped = batch.case.heads != batch.case.kv_heads
         return partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
-    return partial(causal_padded_attention, pads=batch.pads, block_mask=block_mask, backend=backend)
+    options = {"block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
+    return partial(causal_padded_attention, pads=batch.pads, **options)
 
 
 def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
@@ -257,6 +258,7 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, auto": (partial(ours, backend="auto"), False, False),
     "ours, Triton": (partial(ours, backend="triton"), False, False),
     "ours, Triton compiled for changing shapes": (partial(ours, backend="triton", dynamic=True), False, False),
+    "ours, Triton, safe_padding": (partial(ours, backend="triton", safe_padding=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
     "SDPA, explicit mask, efficient": (
         partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION, explicit=True),

@@ -88,7 +88,7 @@ def test_a_run(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "attention.json").read_text())
     assert [row["way"] for row in result["results"]] == list(benchmark.WAYS)
     measured = [row for row in result["results"] if "not_measured" not in row]
-    assert [row["way"] for row in measured] == ["ours, auto", "ours, Triton"]
+    assert [row["way"] for row in measured] == ["ours, auto", "ours, Triton", "ours, Triton, safe_padding"]
     table = run("table", "--table", "attention", folder=tmp_path)
     case = benchmark.cases(["2x40"], [16], ["4/2"], [40], ["right"])[0]
     assert table.startswith(str(case)) and result["torch"] in table
