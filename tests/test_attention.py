@@ -410,7 +410,7 @@ def test_flash(sizes: tuple[int, int], backend: str, compilations: Callable[[], 
         for padding in PADDING:
             inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(length, length), sizes=sizes)
             check(inputs, grad_output, make_pads(padding, length, "cuda"), backend=backend)
-    assert 1 <= compilations() <= 3
+    assert 1 <= compilations() <= 4  # the fourth for a single block, a size that torch compiles in
 
 
 @pytest.mark.cuda

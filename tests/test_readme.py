@@ -49,5 +49,5 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
 def test_the_figures_are_those_of_a_run() -> None:
     results = ROOT / "benchmarks" / "results"
     assert (results / "report.txt").read_text().rstrip() in README
-    for name in ("block-mask", "stream", "attention"):
+    for name in ("block-mask", "stream", "attention", "transformers"):
         assert benchmark.TABLES[name](results) in README
