@@ -685,7 +685,7 @@ def plot(folder: Path) -> None:
         for i, way in enumerate(ways):
             rows = [row for row in result["results"] if row["way"] == way and passes in row]
             style = {
-                "marker": "osv^Dx*+P<>h"[i % 12],
+                "marker": "osv^Dx*+P<>hp"[i % 13],
                 "linestyle": ["-", "--", ":"][i % 3],
                 "color": str(0.15 * (i % 4)),
             }

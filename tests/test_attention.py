@@ -1,9 +1,10 @@
 """causal_padded_attention: values and gradients, decoding, shapes that change, inputs that do not fit."""
 
-import importlib.util
+import importlib
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import causal_padded_flexattn
 from causal_padded_flexattn import (
     _compiled_flex_attention,
     _flash_obstacle,
+    _has_flash,
     _is_faster_with_flash,
     _raise_recompile_limit,
     causal,
@@ -437,14 +439,14 @@ def test_flash_in_a_compiled_model() -> None:
         ({"sizes": (64, 256)}, False),
         ({"BLOCK_SIZE": 256}, False),
         ({"deterministic": True}, False),
-        ({"missing": "cutlass"}, False),
+        ({"installed": False}, False),
     ],
 )
 def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing, deterministic = change.pop("missing", "nothing"), change.pop("deterministic", False)
+    installed, deterministic = change.pop("installed", True), change.pop("deterministic", False)
     BLOCK_SIZE = change.pop("BLOCK_SIZE", 128)
     monkeypatch.setattr(causal_padded_flexattn, "_FLASH_FROM", 3 * 4 * 512 * 512 * 64)
-    monkeypatch.setattr(causal_padded_flexattn, "_installed", lambda name: name != missing)
+    monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
     (query, key, value), _ = make_inputs("cpu", **{"dtype": torch.bfloat16, "lengths": (512, 512), **change})
@@ -458,8 +460,11 @@ def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.Mo
 def test_flash_says_what_it_needs() -> None:
     pads = make_pads("right", 8, "cuda")
     inputs, _ = make_inputs("cuda", lengths=(8, 8))
-    installed = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    needs = r"needs float16 or bfloat16; got torch.float32" if installed else r"needs the package flash-attn-4: pip"
+    needs = (
+        r"needs float16 or bfloat16; got torch.float32"
+        if causal_padded_flexattn._HAS_FLASH
+        else r"needs the package flash-attn-4: pip"
+    )
     with pytest.raises(ValueError, match=f'backend="flash" {needs}'):
         causal_padded_attention(*inputs, pads, backend="flash")
 
@@ -467,9 +472,7 @@ def test_flash_says_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("change", "needs"),
     [
-        ({"missing": "flash_attn"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
-        ({"missing": "flash_attn.cute"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
-        ({"missing": "cutlass"}, "the package flash-attn-4: pip install --pre flash-attn-4"),
+        ({"installed": False}, "the package flash-attn-4: pip install --pre flash-attn-4"),
         ({"capability": (8, 0)}, "a Hopper or Blackwell card"),
         ({"device": "cpu"}, "a Hopper or Blackwell card; query is on cpu"),
         ({"dtype": torch.float32}, "float16 or bfloat16; got torch.float32"),
@@ -481,8 +484,8 @@ def test_flash_says_what_it_needs() -> None:
     ],
 )
 def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing, capability = change.pop("missing", "nothing"), change.pop("capability", (9, 0))
-    monkeypatch.setattr(causal_padded_flexattn, "_installed", lambda name: name != missing)
+    installed, capability = change.pop("installed", True), change.pop("capability", (9, 0))
+    monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     on_cuda = change.pop("device", "cuda") == "cuda"
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: on_cuda))
@@ -492,15 +495,28 @@ def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("spec", "obstacle"), [(None, "needs the package flash-attn-4: pip"), ("found", "needs a Hopper or Blackwell card")]
+    ("installed", "obstacle"), [(False, "the package flash-attn-4"), (True, "a Hopper or Blackwell card")]
 )
 def test_a_compiled_model_may_ask_what_flash_needs(
-    spec: str | None, obstacle: str, monkeypatch: pytest.MonkeyPatch
+    installed: bool, obstacle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     inputs, _ = make_inputs("cpu", lengths=(8, 8))
     ask = torch.compile(lambda *x: (x[0] + 1, _flash_obstacle(*x)), fullgraph=True, backend="eager")
-    assert ask(*inputs)[1].startswith(obstacle)
+    assert ask(*inputs)[1].startswith(f"needs {obstacle}")
+
+
+@pytest.mark.parametrize(
+    ("package", "there"), [(None, False), ("version 2", False), ("version 4", True), ("version 4, no cutlass", False)]
+)
+def test_is_flash_installed(package: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn" / ("cute" if package and "4" in package else "other")).mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError")  # it is not imported
+    if package == "version 4":
+        (tmp_path / "cutlass.py").touch()
+    monkeypatch.setattr("sys.path", [str(tmp_path)] if package else [])
+    importlib.invalidate_caches()
+    assert _has_flash() == there
 
 
 def _zeros(*shape: int, **kwargs) -> Tensor:

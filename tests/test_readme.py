@@ -5,8 +5,10 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import sequence_parallel
 import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for name, text in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, text)  # as torchrun does
     names: dict = {}
@@ -24,10 +26,13 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, "README.md", "exec"), names)
         outputs.append(names.pop("output", None))
     torch.distributed.destroy_process_group()
-    training, _, decoding, _, parallel, textbook = outputs
+    training, _, decoding, _, _, parallel, textbook = outputs
     registered = names["AttentionMaskInterface"]
     assert registered()["flex_attention"] is names["transformers_block_mask"]
     registered.register("flex_attention", flex_attention_mask)
+    kernels = names["AttentionInterface"]
+    assert kernels()["flex_attention"] is names["transformers_attention"]
+    kernels.register("flex_attention", flex_attention_forward)
     assert textbook.shape == (2, 4, 300, 64)
     assert training.shape == parallel.shape == (2, 8, 300, 64)
     for output in (textbook, training, parallel):
@@ -49,5 +54,6 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
 def test_the_figures_are_those_of_a_run() -> None:
     results = ROOT / "benchmarks" / "results"
     assert (results / "report.txt").read_text().rstrip() in README
-    for name in ("block-mask", "stream", "attention", "transformers"):
+    for name in ("block-mask", "stream", "attention", "scaling", "transformers"):
         assert benchmark.TABLES[name](results) in README
+    assert sequence_parallel.table(results) in README
