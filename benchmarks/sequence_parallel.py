@@ -24,12 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from causal_padded_flexattn import create_causal_padding_block_mask, sequence_parallel_attention
 
-CHUNKS = (
-    16  # a sequence is made in as many parts, each from its own seed, so that it is the same on any number of ranks
-)
-
-
-SIZE = ("ranks", "length", "layers")  # of a row, the last for a decoder alone
+# A sequence is made in as many parts, each from its own seed, so that it is the same on any number of ranks.
+CHUNKS = 16
 
 
 def make_part(seed: int, heads: int, length: int, head_dim: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -177,15 +173,15 @@ def estimate(rows: list[Row], ranks: int = 8, length: int = 2**20) -> list[str]:
     return [f"Computed from the longest rows, not measured: {what}, forward and backward: {parts}.", ""]
 
 
+def size(row: Row) -> tuple[int, int, int]:
+    return row.get("layers", 0), row["length"], row["ranks"]
+
+
 def with_base(rows: list[Row]) -> list[tuple[Row, Row | None]]:
     """Each row in order, with that of the fewest ranks that hold its length; None if it does not fit itself."""
-
-    def size(row: Row) -> tuple[int, int]:
-        return row.get("layers", 0), row["length"]
-
-    rows = sorted(rows, key=lambda row: (*size(row), row["ranks"]))
+    rows = sorted(rows, key=size)
     fits = [row for row in rows if "both_ms" in row]
-    return [(row, next(x for x in fits if size(x) == size(row)) if row in fits else None) for row in rows]
+    return [(row, next(x for x in fits if size(x)[:2] == size(row)[:2]) if row in fits else None) for row in rows]
 
 
 def efficiency(row: Row, base: Row) -> float:
@@ -239,12 +235,12 @@ def main() -> None:
     rows = load("sequence_parallel", args.results)["results"] if measured else []
     over_layers = partial(measure_layers, args.layers)
     for way, length in [(measure, n) for n in args.lengths] + [(over_layers, n) for n in args.layers_lengths]:
-        size: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
+        row: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
         try:
-            row = size | way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
+            row |= way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
         except torch.OutOfMemoryError:
-            row = {**size, "out_of_memory": True}
-        rows = [x for x in rows if {key: x.get(key) for key in SIZE} != {key: row.get(key) for key in SIZE}] + [row]
+            row["out_of_memory"] = True
+        rows = [x for x in rows if size(x) != size(row)] + [row]
         if dist.get_rank() == 0:
             print({key: value for key, value in row.items() if key != "checksums"}, flush=True)
             save("sequence_parallel", rows, args.results, args.device, **shape)
