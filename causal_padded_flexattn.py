@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "attn-gym", "matplotlib"]
+# dependencies = ["torch>=2.11", "attn-gym>=0.0.3", "matplotlib"]
 # ///
 """Causal attention over a padded batch with PyTorch's FlexAttention.
 
@@ -18,6 +18,7 @@ L query length, S key length (max_seq_len), E head size of query and key, Ev hea
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
@@ -454,15 +455,11 @@ def sequence_parallel_attention(
     return exchange(causal_padded_attention(query, key, value, pads, **kwargs), 1, 2)
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _has_flash() -> bool:
     """Whether FlashAttention-4 is there, without importing it; version 2 is a package of the same name."""
     spec = importlib.util.find_spec("flash_attn")
     folders = (spec and spec.submodule_search_locations) or ()
-    return any(Path(folder, "cute").is_dir() for folder in folders) and _installed("cutlass")
+    return any(Path(folder, "cute").is_dir() for folder in folders) and importlib.util.find_spec("cutlass") is not None
 
 
 _HAS_FLASH = _has_flash()  # now, as torch.compile cannot find out when it traces
@@ -585,13 +582,8 @@ def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale:
 # ---- the demonstration: python causal_padded_flexattn.py ------------------------------------------------------
 
 
-def draw_mask(path: Path, padding_side: str = "right") -> None:
-    """Draw with attention-gym the mask of a sequence of 8 tokens, padded to 12, into the PNG file `path`.
-
-    Raises:
-        ImportError: attn_gym or matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
+def _draw_mask(path: Path, padding_side: str = "right") -> None:
+    """With attention-gym, the mask of a sequence of 8 tokens, padded to 12."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window, also where a display exists
@@ -605,13 +597,8 @@ def draw_mask(path: Path, padding_side: str = "right") -> None:
         )
 
 
-def draw_tiles(path: Path) -> None:
-    """Draw what a BlockMask makes of right padding, left padding and holes into the PNG file `path`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
+def _draw_tiles(path: Path) -> None:
+    """What a BlockMask makes of right padding, of left padding and of holes."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -794,9 +781,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (args.no_figure or args.sequence_parallel):
         if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
             parser.error(f"--output {args.output} cannot be written: name another, or pass --no-figure")
-        if missing := [name for name in ("attn_gym", "matplotlib") if not _installed(name)]:
+        try:
+            importlib.import_module("matplotlib")
+            importlib.import_module("attn_gym")
+        except Exception as error:  # not only ImportError: a broken installation can raise anything
             parser.error(
-                f"the figure needs {' and '.join(missing)}: pip install attn-gym matplotlib, or pass --no-figure"
+                f"the figure needs attn_gym and matplotlib ({type(error).__name__}: {error}): "
+                "pip install attn-gym matplotlib, or pass --no-figure"
             )
     return args
 
@@ -907,9 +898,9 @@ def _demonstrate(args: argparse.Namespace) -> int:
 
     if not args.no_figure:
         if args.figure == "tokens":
-            draw_mask(args.output, args.padding_side)
+            _draw_mask(args.output, args.padding_side)
         else:
-            draw_tiles(args.output)
+            _draw_tiles(args.output)
         say("figure", str(args.output))
     if wrong:
         print(f"FlexAttention and what it was checked against differ: {', '.join(wrong)}", file=sys.stderr)

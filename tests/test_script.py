@@ -134,15 +134,22 @@ def test_unusable_arguments_end_with_status_two(arguments: list[str], sentence: 
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("missing", ["attn_gym", "matplotlib"])
-def test_without_what_the_figure_needs(missing: str, tmp_path: Path) -> None:
-    hide = f"import sys; sys.modules[{missing!r}] = None; sys.path.insert(0, {str(ROOT)!r}); "
-    code = (
-        hide + "import causal_padded_flexattn as m; m._installed = lambda name: sys.modules.get(name, 1) is not None; "
-    )
-    done = run("--device", "cpu", cwd=tmp_path, code=code + "m.main()")
+@pytest.mark.parametrize("package", ["attn_gym", "matplotlib"])
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("sys.modules[{!r}] = None", "import of {} halted; None in sys.modules"),  # as if not installed
+        ("sys.path.insert(0, '.')", "NameError: name 'half' is not defined"),
+    ],
+)
+def test_without_what_the_figure_needs(package: str, state: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / f"{package}.py").write_text("half")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import causal_padded_flexattn as m; "
+    done = run("--device", "cpu", cwd=tmp_path, code=code + state.format(package) + "; m.main()")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"the figure needs {missing}: pip install attn-gym matplotlib, or pass --no-figure" in done.stderr
+    assert reason.format(package) in done.stderr
+    assert "the figure needs attn_gym and matplotlib (" in done.stderr
+    assert "): pip install attn-gym matplotlib, or pass --no-figure" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
