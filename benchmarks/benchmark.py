@@ -226,13 +226,39 @@ def varlen(batch: Batch, package: str) -> Attention:
 
         lengths = (batch.cumulative, batch.cumulative, longest, longest)
         return lambda *inputs: varlen_attn(*inputs, *lengths, window_size=(-1, 0))  # type: ignore[return-value]
+    flash = flash_attention_4()
+    lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
+    lengths |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
+    return lambda *inputs: flash(*inputs, causal=True, **lengths)[0]
+
+
+def with_lengths(batch: Batch) -> Attention:
+    """Over the padded batch as it is, each sequence up to its length. It leaves padded rows unwritten: zero them."""
+    needs_cuda(batch)
+    flash = flash_attention_4()
+    if batch.case.side == "left":
+        raise NotMeasuredError("does not mask left padding")
+    lengths = dict.fromkeys(("seqused_q", "seqused_k"), batch.cumulative.diff())
+    padded = batch.pads[:, :, None, None]  # (B, S, 1, 1)
+
+    def attention(*inputs: Tensor) -> Tensor:
+        views = [x.transpose(1, 2) for x in inputs]  # (B, S, H, D)
+        for x in views:
+            if x.requires_grad:
+                x.register_hook(lambda grad: grad.masked_fill_(padded, 0.0))
+        output = flash(*views, causal=True, **lengths)[0]
+        output.data.masked_fill_(padded, 0.0)  # in place, unseen by autograd: the kernels do not read there either
+        return output.transpose(1, 2)
+
+    return attention
+
+
+def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:
         raise NotMeasuredError("flash-attn-4 is not installed") from None
-    lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
-    lengths |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
-    return lambda *inputs: flash_attn_varlen_func(*inputs, causal=True, **lengths)[0]
+    return flash_attn_varlen_func
 
 
 def documents(batch: Batch) -> Attention:
@@ -273,6 +299,7 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     ),
     "FlashAttention-2 varlen (torch), padded to padded": (partial(varlen, package="torch"), False, True),
     "FlashAttention-2 varlen (torch), already packed": (partial(varlen, package="torch"), True, False),
+    "FlashAttention-4 with lengths, padded rows zeroed": (with_lengths, False, False),
     "FlashAttention-4 varlen, padded to padded": (partial(varlen, package="flash-attn-4"), False, True),
     "FlashAttention-4 varlen, already packed": (partial(varlen, package="flash-attn-4"), True, False),
     "flex, document mask, already packed": (documents, True, False),
@@ -568,33 +595,32 @@ def stream_table(folder: Path) -> str:
 
 
 def attention_table(folder: Path) -> str:
-    """A table for each case: medians, TFLOP/s of the pairs that the mask allows, percent of the matrix products'."""
+    """The first case with TFLOP/s of the pairs that the mask allows, percent of the matrix products'; then all."""
     result = load("attention", folder)
-    rate, tables = result["matmul_tflops"], {}
-    for row in result["results"]:
-        case = Case.of(row)
-        lines = tables.setdefault(
-            case,
-            [
-                f"{case}",
-                "",
-                "| | ms forward | TFLOP/s | ms backward | TFLOP/s | peak MiB |",
-                "|---|---|---|---|---|---|",
-            ],
-        )
+    rate, rows = result["matmul_tflops"], result["results"]
+    cases = list(dict.fromkeys(map(Case.of, rows)))
+    lines = [f"{cases[0]}", "", "| | ms forward | TFLOP/s | ms backward | TFLOP/s | peak MiB |", "|---" * 6 + "|"]
+    for row in rows:
+        if Case.of(row) != cases[0]:
+            continue
         if "not_measured" in row:
-            lines.append(f"| {row['way']} | not measured: {row['not_measured']} | | | | |")
+            lines.append(f"| {row['way']} | {row['not_measured']} | | | | |")
             continue
         cells = []
         for passes, share in (("forward_ms", 1), ("backward_ms", 2.5)):  # five matrix products backward, two forward
             median = row[passes][1]
-            tflops = share * case.flops() / median / 1e9
+            tflops = share * cases[0].flops() / median / 1e9
             cells += [f"{median:.2f}", f"{tflops:.0f} ({tflops / rate:.0%})"]
         lines.append(f"| {' | '.join([row['way'], *cells])} | {row.get('peak_mib', 0):.0f} |")
-    rate_line = (
-        f"In brackets: percent of a bf16 matrix product of 8192 x 8192 x 8192, {rate:.0f} TFLOP/s in the same run."
-    )
-    return "\n\n".join([*("\n".join(lines) for lines in tables.values()), rate_line, made_with(result)])
+    product = f"percent of a bf16 matrix product of 8192 x 8192 x 8192, {rate:.0f} TFLOP/s in the same run"
+    lines += ["", f"In brackets: {product}. All cases, ms forward / backward:", ""]
+    lines += [f"| | {' | '.join(map(str, cases))} |", "|---" * (len(cases) + 1) + "|"]
+    cells_of: dict[str, list[str]] = {}
+    for row in rows:
+        medians = [f"{row[passes][1]:.2f}" for passes in ("forward_ms", "backward_ms") if passes in row]
+        cells_of.setdefault(row["way"], []).append(" / ".join(medians) or row["not_measured"])
+    lines += [f"| {' | '.join([way, *cells])} |" for way, cells in cells_of.items()]
+    return "\n".join([*lines, "", made_with(result)])
 
 
 def scaling_table(folder: Path) -> str:

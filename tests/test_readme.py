@@ -57,3 +57,13 @@ def test_the_figures_are_those_of_a_run() -> None:
     for name in ("block-mask", "stream", "attention", "scaling", "transformers"):
         assert benchmark.TABLES[name](results) in README
     assert sequence_parallel.table(results) in README
+
+
+def test_the_links_are_well_formed() -> None:
+    links = re.findall(r"\[[^]]*\]\(([^)]*)\)", README)
+    assert len(links) > 10
+    for link in links:
+        if "://" in link:
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./#-]*)?", link), link
+        else:
+            assert (ROOT / link).exists(), link
