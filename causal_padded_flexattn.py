@@ -263,7 +263,7 @@ def causal_padded_attention(
             faster, which it is for large inputs; never under `torch.use_deterministic_algorithms`.
         safe_padding: zero the padded rows first. Without it NaN or Inf there reach real rows: those of `value`
             the output (0 * NaN is NaN in a tile that is not all real), those of all three the gradients. It costs a
-            copy of the three each way: 0.6 ms forward, 0.4 backward at B8 H16 S4096 D64 (bfloat16, H100, torch 2.11).
+            copy of the three each way: 0.6 ms forward, 0.4 backward at B8 H16 S4096 D64 (bfloat16, H200, torch 2.11).
 
     Returns:
         (B, Hq, L, Ev); padded query rows are exact zeros, and gradients in padded rows are too.
@@ -393,8 +393,8 @@ _FLASH_FROM = 1e11  # B Hq L S E
 
 
 def _is_faster_with_flash(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> bool:
-    # Measured on an H100 with torch 2.11, head sizes of 64 and 128: its kernels are faster, its launch takes the host
-    # longer. What the padding leaves to compute cannot be asked without waiting for the device.
+    # Measured on an H100 and an H200 with torch 2.11, head sizes of 64 and 128: its kernels are faster, its launch
+    # takes the host longer. What the padding leaves to compute cannot be asked without waiting for the device.
     return (
         query.numel() * key.shape[2] >= _FLASH_FROM
         and max(query.shape[3], value.shape[3]) <= 128
@@ -547,6 +547,9 @@ def sdpa_reference(
     query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True, scale: float | None = None
 ) -> Tensor:
     """The same attention by `scaled_dot_product_attention` with the explicit mask: O(B L S) memory, any device.
+
+    No reference for more than 65 536 tokens on CUDA, where torch's efficient kernel reads the mask at the wrong place:
+    https://github.com/pytorch/pytorch/issues/187227.
 
     Args:
         query: (B, Hq, L, E), the last L positions of the sequence.

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Case:
     def lengths(self) -> list[int]:
         """Evenly spread about their mean, which leaves that much padding; up to the whole length at 40 %."""
         real = 1 - self.padding / 100
-        spread = min(1 - real, 0.9 * real)
+        spread = min(1 - real, 0.9 * real) if self.batch_size > 1 else 0.0
         return [
             max(1, round(self.kv_len * share))
             for share in torch.linspace(real - spread, real + spread, self.batch_size).tolist()
@@ -133,7 +133,7 @@ class _Pack(torch.autograd.Function):
 
 
 class NotMeasuredError(Exception):
-    """Why a way cannot be measured here, or would compute something else."""
+    """Why a way cannot be measured here, or computes something else."""
 
 
 class Batch:
@@ -306,18 +306,35 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
 }
 
 
-def quartiles(run: Callable[[], object], device: str) -> list[float]:
-    """Milliseconds: the first quartile, the median and the third; on CUDA with a cold L2 cache."""
-    if device == "cuda":
-        from triton.testing import do_bench
+@cache
+def filler() -> Tensor:
+    """To be zeroed before a run: it empties the L2 cache, and takes the device a millisecond to launch behind."""
+    return torch.empty(2**32, dtype=torch.int8, device="cuda")
 
-        return do_bench(run, quantiles=[0.25, 0.5, 0.75])
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+
+def milliseconds(run: Callable[[], object], device: str) -> tuple[list[float], float]:
+    """The device's: the first quartile, the median and the third; and the host's until all is launched: the median."""
+
+    def sample() -> tuple[float, float]:
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            filler().zero_()
+            start.record()
+        begin = time.perf_counter()
         run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.quantiles(times, n=4)
+        on_host = (time.perf_counter() - begin) * 1e3
+        if device != "cuda":
+            return on_host, on_host
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), on_host
+
+    sample()
+    samples = [sample() for _ in range(3)]
+    while len(samples) < 100 and sum(on_device for on_device, _ in samples) < 100:
+        samples.append(sample())
+    on_device, on_host = zip(*samples, strict=True)
+    return statistics.quantiles(on_device, n=4), statistics.median(on_host)
 
 
 def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) -> Row:
@@ -335,7 +352,7 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
         ours_ = ours_ if packed else batch.pack(ours_)
         error, own_error = ((x - truth).norm().item() / truth.norm().item() for x in (ours_, own))
         if not error <= 3 * own_error:
-            raise ValueError(f"{way} is wrong in {batch.case}: error {error:.1e}, SDPA's own {own_error:.1e}")
+            raise NotMeasuredError(f"wrong, error {error:.1e}")
         errors.append(error)
     del results
     row: Row = {"error": errors[0], "gradient_error": max(errors[1:])}
@@ -344,16 +361,19 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.no_grad():
         attention(*inputs)  # a graph of its own to compile
-        row["forward_ms"] = quartiles(lambda: attention(*inputs), batch.device)
+        row["forward_ms"], row["forward_host_ms"] = milliseconds(lambda: attention(*inputs), batch.device)
     output = attention(*inputs)
-    row["backward_ms"] = quartiles(lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True), batch.device)
+    row["backward_ms"], row["backward_host_ms"] = milliseconds(
+        lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True), batch.device
+    )
     return row
 
 
 def matmul_tflops(device: str) -> float:
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / quartiles(lambda: a @ b, device)[1] / 1e9
+    (_, median, _), _ = milliseconds(lambda: a @ b, device)
+    return 2 * size**3 / median / 1e9
 
 
 def attention(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, device: str) -> None:
@@ -599,19 +619,21 @@ def attention_table(folder: Path) -> str:
     result = load("attention", folder)
     rate, rows = result["matmul_tflops"], result["results"]
     cases = list(dict.fromkeys(map(Case.of, rows)))
-    lines = [f"{cases[0]}", "", "| | ms forward | TFLOP/s | ms backward | TFLOP/s | peak MiB |", "|---" * 6 + "|"]
+    header = "| | ms forward | TFLOP/s | ms backward | TFLOP/s | host ms | peak MiB |"
+    lines = [f"{cases[0]}", "", header, "|---" * 7 + "|"]
     for row in rows:
         if Case.of(row) != cases[0]:
             continue
         if "not_measured" in row:
-            lines.append(f"| {row['way']} | {row['not_measured']} | | | | |")
+            lines.append(f"| {row['way']} | {row['not_measured']} | | | | | |")
             continue
-        cells = []
-        for passes, share in (("forward_ms", 1), ("backward_ms", 2.5)):  # five matrix products backward, two forward
-            median = row[passes][1]
+        cells = [row["way"]]
+        for passes, share in (("forward", 1), ("backward", 2.5)):  # five matrix products backward, two forward
+            median = row[f"{passes}_ms"][1]
             tflops = share * cases[0].flops() / median / 1e9
             cells += [f"{median:.2f}", f"{tflops:.0f} ({tflops / rate:.0%})"]
-        lines.append(f"| {' | '.join([row['way'], *cells])} | {row.get('peak_mib', 0):.0f} |")
+        cells += [f"{row['forward_host_ms']:.2f} / {row['backward_host_ms']:.2f}", f"{row.get('peak_mib', 0):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     product = f"percent of a bf16 matrix product of 8192 x 8192 x 8192, {rate:.0f} TFLOP/s in the same run"
     lines += ["", f"In brackets: {product}. All cases, ms forward / backward:", ""]
     lines += [f"| | {' | '.join(map(str, cases))} |", "|---" * (len(cases) + 1) + "|"]
@@ -711,7 +733,8 @@ def plot(folder: Path) -> None:
         for i, way in enumerate(ways):
             rows = [row for row in result["results"] if row["way"] == way and passes in row]
             style = {
-                "marker": "osv^Dx*+P<>hp"[i % 13],
+                "marker": "osv^Dx*+P<>hpd"[i % 14],
+                "linewidth": 3 if i == 0 else 1.5,  # ours
                 "linestyle": ["-", "--", ":"][i % 3],
                 "color": str(0.15 * (i % 4)),
             }

@@ -144,6 +144,18 @@ def test_transposed_views(device: str) -> None:
     check(views, grad_output.transpose(1, 2).contiguous().transpose(1, 2), make_pads("left", 200, device))
 
 
+def views_of_pads(device: str) -> list[Tensor]:
+    """(3, 300): rows that begin anywhere, one row for all, columns side by side."""
+    pads = make_pads("holes", 301, device, batch_size=5)
+    return [pads[1:4, 1:], pads[:1, 1:].expand(3, -1), pads[:3, 1:].mT.contiguous().mT]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pads_that_are_a_view(device: str) -> None:
+    for pads in views_of_pads(device):
+        check(*make_inputs(device, lengths=(300, 300)), pads)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_block_mask_serves_all_layers(device: str) -> None:
     pads = make_pads("right", 200, device)
@@ -413,6 +425,13 @@ def test_flash(sizes: tuple[int, int], backend: str, compilations: Callable[[], 
             inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(length, length), sizes=sizes)
             check(inputs, grad_output, make_pads(padding, length, "cuda"), backend=backend)
     assert 1 <= compilations() <= 4  # the fourth for a single block, a size that torch compiles in
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("_flash_for_all_sizes")
+def test_flash_with_pads_that_are_a_view() -> None:
+    for pads in views_of_pads("cuda"):
+        check(*make_inputs("cuda", torch.bfloat16, lengths=(300, 300)), pads, backend="flash")
 
 
 @pytest.mark.cuda
