@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,9 @@ def test_where_the_figure_cannot_be_written(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_ends_quietly(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "causal_padded_flexattn.py"), "--device", "cpu", *SMALL]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed, **pipes) as process:
         while not process.stdout.readline().startswith("compile"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
