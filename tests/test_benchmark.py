@@ -57,15 +57,24 @@ def test_what_the_ways_are_checked_against_is_exact(case: benchmark.Case) -> Non
         torch.testing.assert_close(ours, batch.pack(truth).double(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("way", "error", "message"),
+    [
+        ("another", benchmark.NotMeasuredError, r"^wrong, error \d\.\de[+-]\d\d$"),
+        ("ours", ValueError, r"ours is wrong in B3 S40 H4 D16, 40 % right padding: error"),  # which ends the run
+    ],
+)
+def test_a_wrong_way_is_not_timed(
+    way: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = benchmark.Batch(CASES[1], "cpu")
 
     def without_mask(batch: benchmark.Batch) -> benchmark.Attention:
         return lambda query, key, value: torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
-    monkeypatch.setitem(benchmark.WAYS, "wrong", (without_mask, False, False))
-    with pytest.raises(benchmark.NotMeasuredError, match=r"^wrong, error \d\.\de[+-]\d\d$"):
-        benchmark.measure("wrong", batch, batch.reference(torch.float64), batch.reference(torch.float32))
+    monkeypatch.setitem(benchmark.WAYS, way, (without_mask, False, False))
+    with pytest.raises(error, match=message):
+        benchmark.measure(way, batch, batch.reference(torch.float64), batch.reference(torch.float32))
 
 
 def test_a_run_of_a_model(tmp_path: Path) -> None:
