@@ -548,9 +548,6 @@ def sdpa_reference(
 ) -> Tensor:
     """The same attention by `scaled_dot_product_attention` with the explicit mask: O(B L S) memory, any device.
 
-    No reference for more than 65 536 tokens on CUDA, where torch's efficient kernel reads the mask at the wrong place:
-    https://github.com/pytorch/pytorch/issues/187227.
-
     Args:
         query: (B, Hq, L, E), the last L positions of the sequence.
         key: (B, Hkv, S, E), with Hq a multiple of Hkv.
@@ -573,7 +570,14 @@ def sdpa_reference(
     return _masked_sdpa(query, key, value, mask[:, None], scale)
 
 
+_LARGEST_MASK = 2**32
+
+
 def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    if mask.shape[2] * mask.shape[3] > _LARGEST_MASK:
+        # Torch 2.11's efficient kernel reads more of it at the wrong place, https://github.com/pytorch/pytorch/issues/187227.
+        halves = zip(query.chunk(2, dim=2), mask.chunk(2, dim=2), strict=True)
+        return torch.cat([_masked_sdpa(rows, key, value, part, scale) for rows, part in halves], dim=2)
     # A softmax over no key is NaN unless a kernel looks out for it: let those rows see every key, and zero them and
     # their gradients after.
     empty = ~mask.any(-1, keepdim=True)  # (B, 1, L, 1)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from conftest import DEVICES, exact_attention, explicit_mask, with_gradients
+import torch.nn.functional as F
+from conftest import DEVICES, assert_as_exact_as_sdpa, exact_attention, explicit_mask, with_gradients
 
+import causal_padded_flexattn
 from causal_padded_flexattn import sdpa_reference
 
 
@@ -48,3 +50,50 @@ def test_padded_rows_are_exact_zeros(device: str, dtype: torch.dtype) -> None:
         assert result.isfinite().all()
         assert result.mT[pads[:, None, None].expand_as(result.mT)].count_nonzero() == 0
         assert result.mT[~pads[:, None, None].expand_as(result.mT)].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [37, 5])
+def test_a_mask_in_parts(device: str, q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pads = _pads(37, device)
+    inputs = _inputs(device, torch.float64, q_len)
+    grad_output = torch.randn(3, 4, q_len, 24, device=device, dtype=torch.float64)
+    whole = with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads), inputs, grad_output)
+    calls = []
+    monkeypatch.setattr(causal_padded_flexattn, "_LARGEST_MASK", 100)  # two rows
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _counted(F.scaled_dot_product_attention, calls))
+    parts = with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads), inputs, grad_output)
+    assert sum(calls) == q_len and max(calls) <= 2
+    for ours, truth in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+def _counted(attention, calls: list[int]):
+    def counted(query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return attention(query, *args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.cuda
+def test_more_than_65536_tokens() -> None:
+    """Where torch 2.11 is wrong if the mask is given whole: https://github.com/pytorch/pytorch/issues/187227."""
+    length, kv_len = 70_000, 70_100
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 1, 1, kv_len, 16, device="cuda", dtype=torch.bfloat16)
+    *inputs, grad_output = inputs
+    pads = torch.arange(kv_len, device="cuda")[None] >= length
+    results = with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads), inputs, grad_output)
+    for result in results:
+        assert result[:, :, length:].count_nonzero() == 0
+    real = [x[:, :, :length] for x in inputs]
+
+    def without_mask(dtype: torch.dtype) -> list[torch.Tensor]:
+        def attention(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return with_gradients(attention, [x.to(dtype) for x in real], grad_output[:, :, :length].to(dtype))
+
+    plain, exact = without_mask(torch.bfloat16), without_mask(torch.float32)
+    assert_as_exact_as_sdpa([x[:, :, :length] for x in results], plain, exact)
