@@ -2,47 +2,30 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "attn-gym>=0.0.3", "matplotlib"]
 # ///
-"""Causal attention over a padded batch with PyTorch's FlexAttention.
+"""Causal attention over a padded batch with PyTorch's FlexAttention, https://arxiv.org/abs/2412.05496.
 
-Sequences of different lengths are padded to one length. `create_padding_mask` tells FlexAttention which
-tokens are padding, `causal` which keys a query may see; a `BlockMask` of the two lets the kernel skip every
-128 x 128 tile of scores in which nothing is allowed. FlexAttention: https://arxiv.org/abs/2412.05496 and
-https://pytorch.org/blog/flexattention/.
-
-`python causal_padded_flexattn.py` shows it at work: it checks the outputs and gradients against
-`scaled_dot_product_attention` with an explicit mask, times both, and draws the mask.
+A `BlockMask` lets the kernel skip every 128 x 128 tile of scores in which padding or causality allow nothing.
+Import this file, or paste its parts 1 to 3, which need torch alone. As a script it checks itself against
+`scaled_dot_product_attention`, times both, and draws the mask.
 
 Shapes, as in torch.nn.functional.scaled_dot_product_attention: B batch, Hq query heads, Hkv key/value heads,
 L query length, S key length (max_seq_len), E head size of query and key, Ev head size of value.
 """
 
-import argparse
-import contextlib
-import importlib
-import importlib.util
-import io
-import logging
-import os
-import statistics
-import sys
-import time
+import importlib.metadata
+import inspect
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask, flex_attention
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-# ---- what may attend to what --------------------------------------------------------------------------------
+# ---- 1. What may attend to what ---------------------------------------------------------------------------
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -57,7 +40,7 @@ def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return q_idx >= kv_idx
 
 
-def create_padding_mask(pads: Tensor) -> MaskMod:
+def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
     """Make the mask_mod that computes a score only where neither the query nor the key is padding.
 
     After the padding question of attention-gym, https://github.com/meta-pytorch/attention-gym/issues/38.
@@ -70,19 +53,9 @@ def create_padding_mask(pads: Tensor) -> MaskMod:
         The mask_mod.
 
     Raises:
-        TypeError: `pads` is not torch.bool.
-        ValueError: `pads` is not two-dimensional, or is empty.
+        TypeError, ValueError: `pads` is not torch.bool, not two-dimensional, or empty.
     """
-    if pads.dtype != torch.bool:
-        raise TypeError(
-            f"pads must be torch.bool, True where padding; got {pads.dtype}: "
-            "from a Hugging Face attention_mask, pass attention_mask == 0"
-        )
-    if pads.dim() != 2 or pads.numel() == 0:
-        raise ValueError(
-            f"pads must be (batch_size, max_seq_len), neither of them 0; got {tuple(pads.shape)}: "
-            "pass one row of flags for each sequence of the batch"
-        )
+    _check_tensors(pads=pads)
 
     def padding(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ~pads[b, q_idx] & ~pads[b, kv_idx]
@@ -90,129 +63,183 @@ def create_padding_mask(pads: Tensor) -> MaskMod:
     return padding
 
 
-# ---- the block mask -----------------------------------------------------------------------------------------
+def _check_tensors(**tensors: Any) -> None:
+    """Against their shapes and each other. No check in this file waits for the device."""
+    shapes = {"query": "B Hq L E", "key": "B Hkv S E", "value": "B Hkv S Ev", "query_pads": "B L"}
+    sizes: dict[str, int] = {}
+    given = {name: x for name, x in tensors.items() if x is not None or name == "pads"}
+    for name, x in given.items():
+        plain = isinstance(x, Tensor) and not hasattr(x, "to_local")
+        _require(plain, f"{name} must be a plain tensor (x.to_local() of a DTensor)", TypeError, got=type(x))
+        kind, right = "torch.bool, True where padding: attention_mask == 0", x.dtype == torch.bool
+        if name == "documents":
+            kind, right = "integers", not (x.is_floating_point() or x.dtype == torch.bool)
+        elif "pads" not in name:
+            kind, right = "of one dtype with query: cast it", x.dtype == given["query"].dtype
+        _require(right, f"{name} must be {kind}", TypeError, **given)
+        letters = shapes.get(name, "B S").split()
+        fits = x.dim() == len(letters) and 0 not in x.shape
+        fits = fits and all(sizes.setdefault(*size) == size[1] for size in zip(letters, x.shape, strict=True))
+        _require(fits, f"{name} must be ({', '.join(letters)}), not 0, and agree with the others", **given)
+        _require(x.device == given["pads"].device, f"{name} must be on the device of pads: move it", **given)
+
+
+def _require(holds: bool, rule: str, error: type[Exception] = ValueError, /, **got: Any) -> None:
+    if not holds:
+        show: Any = lambda x: (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x  # noqa: E731
+        raise error(f"{rule}; got {', '.join(f'{name} {show(x)!r}' for name, x in got.items())}")
+
+
+# ---- 2. The block mask ------------------------------------------------------------------------------------
 
 
 def create_causal_padding_block_mask(
-    pads: Tensor,
-    q_len: int | None = None,
-    *,
-    q_offset: int | Tensor | None = None,
-    causal: bool = True,
+    pads: Tensor, q_len: int | None = None, *, q_offset: int | Tensor | None = None, causal: bool = True,
+    window: int | None = None, documents: Tensor | None = None, query_pads: Tensor | None = None,
     BLOCK_SIZE: int | tuple[int, int] = 128,
-) -> BlockMask:
+) -> BlockMask:  # fmt: skip
     """Build in closed form the BlockMask that `create_block_mask` finds by evaluating every score.
 
-    It depends on the padding alone: build it once for a batch and hand it to every layer. Nothing here waits
-    for the device or compiles, and it takes memory for the tokens and the tiles, not for the scores.
+    Every query sees one run of keys, from `first` to `last`, less the padding; neither falls from one query
+    to the next. So the ends of its two blocks say whether a tile has an allowed pair, and whether another.
+    Build it once for a batch, or for each kind of layer, and hand it to all layers. Nothing here waits for
+    the device or compiles, and it takes memory for the tokens and the tiles, not for the scores.
 
     Args:
         pads: (B, S), torch.bool, True where the key is padding, as a cache is where it is not written yet.
             Attention reads it again: leave it unchanged until the backward pass is done.
-        q_len: L, the number of queries; all that fit when None, which a tensor q_offset rules out.
-        q_offset: position of the first query among the keys; S - L when None, so that the queries are the last
-            tokens. A 0-d integer tensor is not checked: that would wait for the device.
+        q_len: L, the number of queries; all that fit when None.
+        q_offset: place of the first query among the keys; S - L when None: the queries are the last tokens.
+            A 0-d integer tensor needs q_len, and is not checked: that would wait for the device.
         causal: whether a query sees only the keys up to its own position.
+        window: how many keys back a query sees, itself included; without causality, as many ahead too.
+        documents: (B, S), integers that never fall along the real tokens: a token sees its own document.
+        query_pads: (B, L), torch.bool, True where padding: queries that are other tokens than the keys
+            (cross-attention). Only with causal=False, and no q_offset, window or documents.
         BLOCK_SIZE: tokens in a block, or (in a query block, in a key block).
 
     Returns:
         A BlockMask of shape (B, 1, L, S), for any number of heads.
 
     Raises:
-        TypeError: `pads` is not torch.bool, or `q_offset` neither an int nor a 0-d integer tensor beside it.
-        ValueError: `pads` is not two-dimensional or is empty, or the queries do not lie among the keys.
+        TypeError, ValueError: an argument does not fit, with what would.
     """
-    mask_mod = _mask_mod(pads, causal)
-    kv_len, device = pads.shape[1], pads.device
     q_block, kv_block = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    _require(min(q_block, kv_block) >= 1, "BLOCK_SIZE must be at least 1", BLOCK_SIZE=BLOCK_SIZE)
+    q_len, q_offset = _find_queries(pads, q_len, q_offset, causal, window, documents, query_pads)
+    kv_len, device = pads.shape[1], pads.device
+    places = torch.arange(kv_len, dtype=torch.int32, device=device)
+    rows: Any = slice(q_offset, q_offset + q_len)
     if isinstance(q_offset, Tensor):
-        if q_offset.dim() or q_offset.is_floating_point() or q_offset.device != device:
-            raise TypeError(f"q_offset must be an int or a 0-d integer tensor on {device}; got {q_offset!r}")
-        if q_len is None:
-            raise ValueError("q_len must be given beside a tensor q_offset, which is not read; got None: pass the int")
+        rows = torch.arange(q_len, dtype=torch.int32, device=device) + q_offset
+    positions = places[rows]
+
+    # The run of keys that each query sees: (L,) or (B, L).
+    first, last = None, positions if causal else places[-1]
+    if window is not None:
+        reach = min(window, kv_len) - 1
+        first, last = positions - reach, positions if causal else positions + reach
+    if documents is not None:
+        # A padded token belongs to the document before it: then none falls.
+        names = documents.masked_fill(pads, torch.iinfo(documents.dtype).min).cummax(1).values
+        wanted = names[:, rows].contiguous()
+        start = torch.searchsorted(names, wanted, out_int32=True)
+        first = start if first is None else torch.maximum(start, first)
+        if not causal:
+            end = torch.searchsorted(names, wanted, right=True, out_int32=True) - 1
+            last = end if window is None else torch.minimum(end, last)
+
+    # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
+    far, q_pads = 2 * kv_len, pads[:, rows] if query_pads is None else query_pads
+    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), q_block, -1, (1, 0))  # largest, smallest
+    # The first real key of each block, and the last key, far off if any of the block is padding.
+    _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, (0, 1))
+    q_ends, kv_ends = [lasts], [keys]
+    if first is not None:
+        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), q_block, far, (0, 1))
+        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, (0, 1))
+        q_ends, kv_ends = [lasts, firsts], [keys, torch.stack((real[1], keys[0]))]  # last real key, first key
+
+    most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
+    dtype = torch.int8 if most < 2**7 else torch.int16 if most < 2**15 else torch.int32
+    numbers = torch.arange(1, most + 1, dtype=dtype, device=device)
+    list_tiles: Any = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
+    # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
+    # wrongly, so these come from the comparison turned round, not from transposed tiles.
+    both = list_tiles(q_ends, kv_ends, numbers, False), list_tiles(kv_ends, q_ends, numbers, True)
+    lists: Any = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
+
+    # These capture tensors: an int would be compiled in, a kernel for every decoding step.
+    def up_to_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx <= last[b, q_idx]) & ~pads[b, kv_idx]
+
+    def from_first_to_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= first[b, q_idx]) & (kv_idx <= last[b, q_idx]) & ~pads[b, kv_idx]  # type: ignore
+
+    mask_mod = up_to_last if first is None else from_first_to_last
+    tiles: Any = (*lists, (q_block, kv_block), mask_mod)
+    return BlockMask((q_len, kv_len), *tiles)
+
+
+def _find_queries(
+    pads: Tensor, q_len: Any, q_offset: Any, causal: bool, window: Any, documents: Any, query_pads: Any
+) -> tuple[int, Any]:
+    """How many queries there are, and from which place on; or what does not fit."""
+    _check_tensors(pads=pads, documents=documents, query_pads=query_pads)
+    kv_len, got = pads.shape[1], {"q_len": q_len, "q_offset": q_offset, "pads": pads}
+    if window is not None:
+        _require(type(window) is int, "window must be an int, or None for all keys", TypeError, window=window)
+        _require(window >= 1, "window must be at least 1, a query's own key", window=window)
+    if query_pads is not None:
+        alone = not causal and window is documents is q_offset is None
+        alone = alone and q_len in (None, query_pads.shape[1])
+        rule = "query_pads is of other tokens than keys: only causal=False, no window, documents, q_offset"
+        _require(alone, rule, causal=causal, window=window, documents=documents, **got, query_pads=query_pads)
+        return query_pads.shape[1], 0
+    if isinstance(q_offset, Tensor):
+        scalar = q_offset.dim() == 0 and not q_offset.is_floating_point() and q_offset.device == pads.device
+        _require(scalar, "q_offset must be an int or a 0-d integer tensor beside pads", TypeError, **got)
+        _require(q_len is not None, "q_len must be given beside a tensor q_offset, which is not read", **got)
         fits = 1 <= q_len <= kv_len
     else:
         q_len = kv_len - (q_offset or 0) if q_len is None else q_len
+        known = causal or q_offset is not None or q_len == kv_len
+        _require(known, "without causality, q_offset or query_pads must say what the queries are", **got)
         q_offset = kv_len - q_len if q_offset is None else q_offset
         fits = 0 <= q_offset < q_offset + q_len <= kv_len
-    if not fits:
-        raise ValueError(
-            f"the queries must lie among the {kv_len} keys that pads covers; got q_len={q_len}, q_offset={q_offset}: "
-            "with a preallocated cache, pads covers all of it"
-        )
-
-    # Move padded keys behind every query and padded queries before every key: then comparing the ends of two blocks
-    # is exact. Without causality, all that is not padding stands at one place.
-    places = torch.arange(kv_len, dtype=torch.int32, device=device)
-    if not causal:
-        places.zero_()
-    query_places = torch.add(places, pads, alpha=-kv_len)  # (B, S)
-    if q_len < kv_len:
-        # The mask_mod captures tensors: an int would be compiled in, a kernel for every decoding step. And a copy,
-        # since a cache counts its length up in place.
-        q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else torch.full((), q_offset, device=device)
-        rows = torch.arange(q_len, device=device) + q_offset
-        query_places = query_places.index_select(1, rows)  # (B, L)
-        mask_mod = _shift_queries(mask_mod, q_offset, torch.full_like(q_offset, kv_len - 1))
-    # A tile has an allowed pair where its last query >= its first key, and no other where its first query >= its last
-    # key: these are (last, first) of the queries and (first, last) of the keys.
-    queries = _block_ends(query_places, q_block, -1, last_first=True)
-    keys = _block_ends(torch.add(places, pads, alpha=kv_len), kv_block, kv_len)
-    blocks = max(queries.shape[3], keys.shape[3])
-    dtype = torch.int8 if blocks < 2**7 else torch.int16 if blocks < 2**15 else torch.int32  # no wider than it need be
-    numbers = torch.arange(1, blocks + 1, dtype=dtype, device=device)
-    list_tiles = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
-    counts, indices = list_tiles(queries, keys, numbers, False)
-    # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous wrongly, so
-    # these come from the comparison turned round, not from transposed tiles.
-    q_counts, q_indices = list_tiles(keys, queries, numbers, True)
-    return BlockMask(
-        (q_len, kv_len),
-        kv_num_blocks=counts[0],
-        kv_indices=indices[0],
-        full_kv_num_blocks=counts[1],
-        full_kv_indices=indices[1],
-        q_num_blocks=q_counts[0],
-        q_indices=q_indices[0],
-        full_q_num_blocks=q_counts[1],
-        full_q_indices=q_indices[1],
-        BLOCK_SIZE=(q_block, kv_block),
-        mask_mod=mask_mod,
-    )
+    _require(fits, "the queries must lie among the keys; pads covers a preallocated cache whole", **got)
+    return q_len, q_offset
 
 
-def _mask_mod(pads: Tensor, is_causal: bool) -> MaskMod:
-    padding = create_padding_mask(pads)
-    return and_masks(causal, padding) if is_causal else padding
-
-
-def _shift_queries(mask_mod: MaskMod, q_offset: Tensor, last: Tensor) -> MaskMod:
-    def shifted(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # Kernels for the CPU evaluate rows past the queries too: those must not read past pads.
-        return mask_mod(b, h, torch.minimum(q_idx + q_offset, last), kv_idx)
-
-    return shifted
-
-
-def _block_ends(places: Tensor, block: int, outside: int, last_first: bool = False) -> Tensor:
-    """The first and the last place in each block: (B, N) to (2, B, 1, blocks, 1); past N is `outside`."""
+def _blocks(places: Tensor, block: int, outside: int, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Fill up the last block; and the smallest and largest of each, in that order: (2, B, 1, blocks, 1)."""
     if places.shape[1] % block:
-        places = F.pad(places, (0, -places.shape[1] % block), value=outside)
-    places = places.view(places.shape[0], 1, -1, block)
-    ends = places.new_empty(2, *places.shape[:-1], 1)
-    torch.aminmax(places, dim=-1, keepdim=True, out=(ends[int(last_first)], ends[int(not last_first)]))
-    return ends
+        fill = _opaque_fill if torch.compiler.is_compiling() else _fill
+        places = fill(places, -places.shape[1] % block, outside)
+    in_blocks = places.view(places.shape[0], 1, -1, block)
+    ends = places.new_empty(2, *in_blocks.shape[:-1], 1)
+    torch.aminmax(in_blocks, dim=-1, keepdim=True, out=(ends[order[0]], ends[order[1]]))
+    return places, ends
 
 
-def _list_tiles(rows: Tensor, columns: Tensor, numbers: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """How many partial tiles each row has, and in which columns; then the same of the full tiles.
+def _fill(places: Tensor, missing: int, value: int) -> Tensor:
+    return F.pad(places, (0, missing), value=value)
 
-    Ends of blocks, (2, B, 1, rows, 1) and (2, B, 1, columns, 1), and the numbers from 1, to (2, B, 1, rows) and
-    (2, B, 1, rows, columns). It costs launches more than work: few operations, both lists in each.
+
+def _list_tiles(
+    rows: list[Tensor], columns: list[Tensor], numbers: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """How many tiles of a row are partial, how many full, (2, B, 1, rows); which, (2, B, 1, rows, columns).
+
+    Some pair is allowed where the largest last >= the first real key, and the smallest first <= the last real
+    key; no other where the smallest last >= the last key, and the largest first <= the first key.
     """
-    # (2, B, 1, rows, columns): a pair allowed, no other; int8, since cumsum would copy booleans
-    tiles = rows.new_empty(*rows.shape[:-1], columns.shape[-2], dtype=torch.int8)
-    (torch.le if transposed else torch.ge)(rows, columns.mT, out=tiles)
+    # It costs launches more than work: few operations, both lists in each. int8, as cumsum copies booleans.
+    compare = (torch.le, torch.ge) if transposed else (torch.ge, torch.le)
+    tiles = numbers.new_empty(*rows[0].shape[:-1], columns[0].shape[3], dtype=torch.int8)
+    compare[0](rows[0], columns[0].mT, out=tiles)
+    if len(rows) > 1:
+        tiles &= compare[1](rows[1], columns[1].mT)
     some, full = tiles.unbind()
     some ^= full  # partial
     rank = tiles.cumsum(-1, dtype=numbers.dtype)
@@ -223,111 +250,138 @@ def _list_tiles(rows: Tensor, columns: Tensor, numbers: Tensor, transposed: bool
     return count.int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
 
 
-# In a graph of the caller's, the compiler would lay the lists out as it likes, and flex read them as if contiguous:
-# wrong results. What happens within an operator of its own the compiler does not see.
-_opaque_list_tiles = torch.library.custom_op("causal_padded_flexattn::list_tiles", _list_tiles, mutates_args=())
+# In a graph of the caller's, the compiler would lay the lists out as it likes, and flex read them as if
+# contiguous: wrong results; torch 2.11 compiles no mask_mod that looks up in what is padded there. What
+# happens within an operator of its own the compiler does not see.
+_opaque_list_tiles = torch.library.custom_op("causal_padded::list_tiles", _list_tiles, mutates_args=())
 _opaque_list_tiles.register_fake(_list_tiles)
+_opaque_fill = torch.library.custom_op("causal_padded::fill", _fill, mutates_args=())
+_opaque_fill.register_fake(_fill)
 
 
-# ---- attention ----------------------------------------------------------------------------------------------
+# ---- 3. Attention -----------------------------------------------------------------------------------------
 
 
 def causal_padded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pads: Tensor,
-    *,
-    block_mask: BlockMask | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    backend: Literal["auto", "triton", "flash"] = "auto",
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, block_mask: BlockMask | None = None,
+    causal: bool = True, window: int | None = None, documents: Tensor | None = None,
+    query_pads: Tensor | None = None, scale: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None, return_lse: bool = False, backend: str = "auto",
     safe_padding: bool = False,
-) -> Tensor:
-    """Attention over a padded batch by FlexAttention, compiled once: softmax(scale query keyᵀ) value where allowed.
+) -> Any:  # fmt: skip
+    """Attention over a padded batch by FlexAttention: softmax(scale query keyᵀ) value where allowed.
 
-    Use it in training, prefill and decoding, in a compiled model or not, under autocast. With fewer queries than
-    keys, the queries are the last tokens, unless a block mask made with `q_offset` says otherwise. On the CPU it
-    needs memory for every score; its gradients come from SDPA, as FlexAttention has none there.
+    Fewer queries than keys are the last tokens, unless the block mask says otherwise. The CPU runs plain
+    operators, with memory for every score.
 
     Args:
         query: (B, Hq, L, E); a transposed view of (B, L, Hq, E) needs no copy, here and below.
-        key: (B, Hkv, S, E), with Hq a multiple of Hkv (grouped-query attention).
+        key: (B, Hkv, S, E); query head i reads key head i // (Hq // Hkv).
         value: (B, Hkv, S, Ev).
         pads: (B, S), torch.bool, True where the key is padding.
-        block_mask: what `create_causal_padding_block_mask` made of the same `pads`, to be shared by all layers;
-            made here when None. It then decides, also over `causal`.
-        causal: whether a query sees only the keys up to its own position.
+        block_mask: what `create_causal_padding_block_mask` made of the same `pads`, to be shared by layers;
+            made here when None. It then decides what is seen, also over `causal`.
+        causal, window, documents: what a query sees, as in `create_causal_padding_block_mask`.
+        query_pads: (B, L), torch.bool, True where padding: queries that are other tokens than the keys.
+            Beside a block mask made with it, only safe_padding needs it.
         scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
-        backend: "triton", "flash" (FlashAttention-4), or "auto": "flash" where it is installed, can be used and is
-            faster, which it is for large inputs; never under `torch.use_deterministic_algorithms`.
-        safe_padding: zero the padded rows first. Without it NaN or Inf there reach real rows: those of `value`
-            the output (0 * NaN is NaN in a tile that is not all real), those of all three the gradients. It costs a
-            copy of the three each way: 0.6 ms forward, 0.4 backward at B8 H16 S4096 D64 (bfloat16, H200, torch 2.11).
+        score_mod: flex's, from score, b, h, q_idx, kv_idx to the score that is used. q_idx counts the
+            queries given here. On the CPU the five are tensors that broadcast.
+        return_lse: whether to return the logarithms of the softmax's sums too.
+        backend: "triton", "flash" (FlashAttention-4, without score_mod and return_lse), or "auto": "flash"
+            where it can be used and is faster, for large inputs; never for deterministic algorithms.
+        safe_padding: zero padded rows first, for a copy of the three each way. Without it NaN or Inf there
+            reach real rows: in `value` the output (0 * NaN is NaN), in all three the gradients.
 
     Returns:
-        (B, Hq, L, Ev); padded query rows are exact zeros, and gradients in padded rows are too.
+        (B, Hq, L, Ev); padded query rows are exact zeros, as gradients in padded rows are. With return_lse,
+        also (B, Hq, L) in float32: the natural logarithm of the sum of the exponentials, -inf in padded rows.
 
     Raises:
         TypeError, ValueError: inputs that do not fit together, each with what to do.
     """
-    if torch.is_autocast_enabled(query.device.type):  # as SDPA does
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
-    _check_inputs(query, key, value, pads, block_mask, backend)
+    query, key, value = _cast_for_autocast(query, key, value)
+    _check_inputs(query, key, value, pads, block_mask, score_mod)
+    known = backend in ("auto", "triton", "flash")
+    _require(known, 'backend must be "auto", "triton" or "flash"', backend=backend)
+    obstacle = _flash_obstacle(query, key, value, score_mod, return_lse) if backend == "flash" else None
+    _require(obstacle is None, f'backend="flash" needs {obstacle}: pass "auto"', query=query, value=value)
     if block_mask is None:
-        block_mask = create_causal_padding_block_mask(pads, query.shape[2], causal=causal)
+        seen: Any = {"causal": causal, "window": window, "documents": documents, "query_pads": query_pads}
+        block_mask = create_causal_padding_block_mask(pads, query.shape[2], **seen)
+    else:
+        alone = window is documents is None
+        _require(alone, "window and documents must be in the block_mask: make it with them", window=window)
     if safe_padding:
-        all_queries = query.shape[2] == key.shape[2]
-        q_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
-        query = query.masked_fill(q_pads[:, None, :, None], 0.0)
+        if query_pads is None:
+            all_queries = query.shape[2] == key.shape[2]
+            query_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
+        query = query.masked_fill(query_pads[:, None, :, None], 0.0)
         key, value = (x.masked_fill(pads[:, None, :, None], 0.0) for x in (key, value))
+    return _attend(query, key, value, block_mask, scale, score_mod, return_lse, backend)
 
-    compiling = torch.compiler.is_compiling()
-    # On the CPU flex takes nothing that requires a gradient, and what it compiles to fails to build at some shapes.
-    if query.device.type == "cpu" and (compiling or any(x.requires_grad for x in (query, key, value))):
-        return _masked_sdpa(query, key, value, _dense_mask(block_mask, query), scale)
+
+def _cast_for_autocast(*tensors: Tensor) -> Any:  # as SDPA does
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return tensors if dtype is None else [x.to(dtype) for x in tensors]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool,
+    backend: str = "auto",
+) -> Any:  # fmt: skip
+    if query.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return _attend_on_the_cpu(query, key, value, block_mask, scale, score_mod, return_lse)
     if backend == "auto":
-        backend = "flash" if _is_faster_with_flash(query, key, value, block_mask) else "triton"
-    flex: Any = flex_attention if compiling else _compiled_flex_attention(query.device.type)
-    options, grouped = _kernel_options(query, key, block_mask, backend), query.shape[1] != key.shape[1]
-    return flex(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+        obstacle = _flash_obstacle(query, key, value, score_mod, return_lse)
+        backend = "flash" if obstacle is None and _is_faster_with_flash(query, key, block_mask) else "triton"
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    result = attend(
+        query, key, value, score_mod, block_mask, scale, enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_kernel_options(query, key, block_mask, backend),
+        return_aux=AuxRequest(lse=True) if return_lse else None,
+    )  # fmt: skip
+    return (result[0], result[1].lse) if return_lse else result
 
 
 @cache
-def _compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
-    _raise_recompile_limit()
-    # On the CPU compiling takes 5 s and more for each shape: there torch traces it, and runs plain operators.
-    return torch.compile(flex_attention) if device_type != "cpu" else torch.compile(flex_attention, backend="eager")
+def _compiled_flex_attention() -> Any:
+    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on
+    # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
+    # torch breaks where two import what it compiles with.
+    with _LOCK:
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            return torch.compile(flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore
+        compiled = torch.compile(flex_attention, fullgraph=True)
+        torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)  # torch 2.11
+        return compiled
 
 
-@cache
-def _raise_recompile_limit() -> None:
-    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on uncompiled,
-    # with memory for every score. There is one limit for the whole process.
-    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+_LOCK = threading.Lock()
 
 
-def _kernel_options(
-    query: Tensor, key: Tensor, block_mask: BlockMask | None = None, backend: str = "triton"
-) -> dict[str, Any] | None:
-    if backend == "flash":
-        return {"BACKEND": "FLASH"}
-    rows = query.shape[2] * query.shape[1] // key.shape[1]
-    if not query.is_cuda or query.shape[2] == 1 or rows <= 16:
-        return None  # and torch takes its decoding kernel
-    # Left to itself torch takes that for up to 127 queries, and has no configuration of it from 129 rows on.
-    options: dict[str, Any] = {"BACKEND": "TRITON"}
-    # Whether no tile reaches past the end. Torch 2.11 sees it only in lengths that are compiled in, and wrongly where
-    # a block of the mask is larger than 128.
-    blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
-    options["IS_DIVISIBLE"] = not any(
-        x.shape[2] % 128 or x.shape[2] % block for x, block in zip((query, key), blocks, strict=True)
-    )
-    if query.shape[3] <= 64 and query.element_size() == 2:
-        # The tiles that torch 2.11 takes on an H100 spill registers forward, and are slower backward.
-        options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
-        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
-    return options
+def _attend_on_the_cpu(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool
+) -> Any:
+    """In plain operators: flex has no gradients there, and what it compiles to may fail to build."""
+    wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
+    key, value = (x.to(wide).repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
+    if score_mod is not None:
+        places = [torch.arange(n).view([-1] + [1] * (3 - i)) for i, n in enumerate(scores.shape)]
+        shape, scores = scores.shape, score_mod(scores, *places).to(wide)
+        rule = "score_mod must give a score for each: look up bias[b, h, q_idx, kv_idx], not bias[b][h]"
+        _require(scores.shape == shape, rule, scores=scores)
+    if block_mask is not None:
+        scores = scores.masked_fill(~_dense_mask(block_mask, query), -torch.inf)
+    # A softmax over no key is NaN: let those rows see every key, and zero them and their gradients after.
+    empty = scores.detach().amax(-1, keepdim=True).isneginf()
+    scores = scores.masked_fill(empty, 0.0)
+    output = (scores.softmax(-1) @ value).masked_fill(empty, 0.0).to(query.dtype)
+    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
+    return (output, lse) if return_lse else output
 
 
 def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
@@ -336,217 +390,93 @@ def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
 
 
+def _kernel_options(query: Tensor, key: Tensor, block_mask: Any, backend: str = "triton") -> Any:
+    if backend == "flash":
+        return {"BACKEND": "FLASH"}
+    if query.shape[2] == 1 or query.shape[2] * query.shape[1] // key.shape[1] <= 16:
+        return None  # and torch takes its decoding kernel
+    # Whether no tile reaches past the end. Torch 2.11 sees it only in lengths that are compiled in, and
+    # wrongly where a block of the mask is larger than 128.
+    blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
+    lengths = zip((query.shape[2], key.shape[2]), blocks, strict=True)
+    divisible = not any(length % 128 or length % block for length, block in lengths)
+    # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
+    options: dict[str, Any] = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
+    if query.shape[3] <= 64 and query.element_size() == 2:
+        # The tiles that torch 2.11 takes on an H100 spill registers forward; backward they are slower.
+        options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
+        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
+    return options
+
+
 def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, block_mask: BlockMask | None, backend: str
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, block_mask: Any, score_mod: Any
 ) -> None:
-    """Say what does not fit before a kernel runs; nothing here waits for the device."""
-    create_padding_mask(pads)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4 or 0 in x.shape:
-            raise ValueError(
-                f"{name} must be (batch, heads, length, head size), none of them 0; got {tuple(x.shape)}: "
-                "unsqueeze or transpose it"
-            )
-        if x.dtype != query.dtype:
-            raise TypeError(f"query, key and value must share a dtype; got {query.dtype}, {name} {x.dtype}: cast it")
-        if x.device != pads.device:
-            raise ValueError(f"{name} is on {x.device}, pads on {pads.device}: move them to one device")
-    (batch_size, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
-    masks, mask_heads, *mask_lengths = (1, 1, q_len, kv_len) if block_mask is None else block_mask.shape
-    fits = masks in (1, batch_size) and mask_heads in (1, q_heads) and mask_lengths == [q_len, kv_len]
-    for holds, rule in (
-        (key.shape[:3] == value.shape[:3], "key and value must agree in batch, heads and length"),
-        ((batch_size, head_dim) == (key.shape[0], key.shape[3]), "query and key must agree in batch and head size"),
-        (q_heads % kv_heads == 0, "the heads of query must be a multiple of those of key and value"),
-        (pads.shape == (batch_size, kv_len), "pads must have one flag for each key, also for those in a cache"),
-        (q_len <= kv_len, "query must not be longer than key: the queries are the last tokens"),
-        (fits, "block_mask must fit: build it with create_causal_padding_block_mask(pads, query.shape[2])"),
-    ):
-        if not holds:
-            shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-            block_shape = f", block_mask {tuple(block_mask.shape)}" if block_mask is not None else ""
-            raise ValueError(f"{rule}; got {shapes}, pads {tuple(pads.shape)}{block_shape}")
-    if backend not in ("auto", "triton", "flash"):
-        raise ValueError(f'backend must be "auto", "triton" or "flash"; got {backend!r}')
-    if backend == "flash" and (obstacle := _flash_obstacle(query, key, value)):
-        raise ValueError(f'backend="flash" {obstacle}; or pass backend="auto"')
+    got = {"query": query, "key": key, "value": value, "pads": pads}
+    _check_tensors(pads=pads)
+    transposed = key.dim() == 4 and key.shape[2] != pads.shape[1] == key.shape[1]
+    _require(not transposed, "heads must stand before the length: pass x.transpose(1, 2)", **got)
+    _check_tensors(**got)
+    small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
+    _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
+    divides = query.shape[1] % key.shape[1] == 0
+    _require(divides, "the heads of query must be a multiple of those of key and value", **got)
+    usable = score_mod is None or callable(score_mod)
+    _require(usable, "score_mod is a function of score, b, h, q_idx, kv_idx", TypeError, score_mod=score_mod)
+    if block_mask is not None:
+        is_mask = isinstance(block_mask, BlockMask)
+        _require(is_mask, "block_mask must be a BlockMask", TypeError, block_mask=type(block_mask))
+        sliced = block_mask.mask_mod.__name__ == "_sliced_mask_mod_error"
+        _require(not sliced, "block_mask is a slice, without its mask_mod: make one of a slice of pads")
+        shape, device = block_mask.shape, block_mask.kv_num_blocks.device
+        fits = shape == (query.shape[0], shape[1], query.shape[2], key.shape[2]) and device == pads.device
+        rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
+        _require(fits and shape[1] in (1, query.shape[1]), rule, block_mask=(*shape, device), **got)
 
 
-def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """What keeps the FLASH kernel from being used, if anything; after the checks of flash_attn.cute.interface."""
-    if not _HAS_FLASH:
-        return "needs the package flash-attn-4: pip install --pre flash-attn-4"
-    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
-    if major not in (9, 10, 11):
-        return f"needs a Hopper or Blackwell card; query is on {query.device}"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16; got {query.dtype}"
-    largest = 256 if major == 9 else 128
-    if any(x.shape[3] % 8 or x.shape[3] > largest for x in (query, value)):
-        return f"needs head sizes that are multiples of 8 up to {largest}; got {query.shape[3]} and {value.shape[3]}"
-    if query.shape[2] != key.shape[2]:
-        return f"needs as many queries as keys; got {query.shape[2]} and {key.shape[2]}"
-    return None
-
-
+# Now, as a compiled model cannot find out.
+_HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))
 _FLASH_FROM = 1e11  # B Hq L S E
 
 
-def _is_faster_with_flash(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> bool:
-    # Measured on an H100 and an H200 with torch 2.11, head sizes of 64 and 128: its kernels are faster, its launch
-    # takes the host longer. What the padding leaves to compute cannot be asked without waiting for the device.
-    return (
-        query.numel() * key.shape[2] >= _FLASH_FROM
-        and max(query.shape[3], value.shape[3]) <= 128
-        and block_mask.BLOCK_SIZE == (128, 128)
-        and not torch.are_deterministic_algorithms_enabled()
-        and _flash_obstacle(query, key, value) is None
-    )
+def _is_faster_with_flash(query: Tensor, key: Tensor, block_mask: BlockMask | None) -> bool:
+    # Measured on an H100 and an H200: where the arithmetic outweighs its launch. What the padding leaves of
+    # it cannot be asked without waiting for the device.
+    large = query.numel() * key.shape[2] >= _FLASH_FROM
+    fits = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
+    return large and fits and not torch.are_deterministic_algorithms_enabled()
 
 
-def sequence_parallel_attention(
-    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, mesh: "DeviceMesh", **kwargs: Any
-) -> Tensor:
-    """`causal_padded_attention` over sequences that are shared out over the ranks of a mesh.
-
-    Each rank gives its tokens and gets all tokens of some heads, attends, and gives them back: an all-to-all before
-    and one after. The scheme of DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509. Gradients go the same way.
-
-    Args:
-        query: (B, Hq, S / ranks, E): this rank's tokens, in the order of the ranks.
-        key: (B, Hkv, S / ranks, E).
-        value: (B, Hkv, S / ranks, Ev).
-        pads: (B, S), torch.bool, True where the token is padding: of the whole sequence, on every rank.
-        mesh: of one dimension. Its ranks must divide Hq, and divide Hkv or be a multiple of it: then each head of key
-            and value is sent to several ranks.
-        kwargs: what `causal_padded_attention` takes. A block mask is that of the whole sequence.
-
-    Returns:
-        (B, Hq, S / ranks, Ev): the output for this rank's tokens.
-
-    Raises:
-        TypeError, ValueError: the mesh, the length or the heads do not fit, or what `causal_padded_attention` says.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    ranks = mesh.size()
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension; got {mesh.ndim}: pass the one that shares out the sequence")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4 or x.shape[2] * ranks != pads.shape[-1]:
-            raise ValueError(
-                f"{name} must be this rank's part, (batch, heads, length of pads / {ranks} ranks, head size); "
-                f"got {tuple(x.shape)}, pads {tuple(pads.shape)}: pad to a multiple of the ranks, padding is skipped"
-            )
-    q_heads, kv_heads = query.shape[1], key.shape[1]
-    if q_heads % ranks or (kv_heads % ranks and ranks % kv_heads):
-        raise ValueError(
-            f"{ranks} ranks must divide the heads of query, and divide those of key or be a multiple of them; "
-            f"got {q_heads} and {kv_heads}: use fewer ranks"
-        )
-    copies = max(1, ranks // kv_heads)
-    if copies > 1:
-        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
-
-    def exchange(x: Tensor, ours: int, wanted: int) -> Tensor:
-        return DTensor.from_local(x, mesh, [Shard(ours)]).redistribute(mesh, [Shard(wanted)]).to_local()
-
-    query, key, value = (exchange(x, 2, 1) for x in (query, key, value))  # (B, H / ranks, S, E)
-    return exchange(causal_padded_attention(query, key, value, pads, **kwargs), 1, 2)
+def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, lse: bool) -> str | None:
+    """What the FLASH kernel needs and lacks, if anything."""
+    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9
+    sizes = (query.shape[3], value.shape[3])
+    for holds, need in (
+        (_HAS_FLASH, "the package flash-attn-4 (pip install --pre flash-attn-4)"),
+        (hopper, "a Hopper card, the only kind it was tried on"),
+        (query.dtype in (torch.float16, torch.bfloat16), "float16 or bfloat16"),
+        # Those of which its tiles divide 128.
+        (not any(size % 8 or size > 128 for size in sizes), "head sizes that are multiples of 8 up to 128"),
+        # Torch 2.11 compiles few of the one there, and scales the other wrongly.
+        (score_mod is None and not lse, "neither score_mod nor return_lse"),
+        (query.shape[2] == key.shape[2], "as many queries as keys"),
+    ):
+        if not holds:
+            return need
+    return None
 
 
-def _has_flash() -> bool:
-    """Whether FlashAttention-4 is there, without importing it; version 2 is a package of the same name."""
-    spec = importlib.util.find_spec("flash_attn")
-    folders = (spec and spec.submodule_search_locations) or ()
-    return any(Path(folder, "cute").is_dir() for folder in folders) and importlib.util.find_spec("cutlass") is not None
+# ---- all above is one piece to paste; it needs torch alone ------------------------------------------------
 
 
-_HAS_FLASH = _has_flash()  # now, as torch.compile cannot find out when it traces
-
-
-def transformers_block_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: MaskMod | None = None,
-    attention_mask: Tensor | None = None,
-    device: str | torch.device = "cpu",
-    **kwargs: Any,
-) -> BlockMask:
-    """Build the block masks of Hugging Face transformers in closed form, where they are causal and padded.
-
-    `AttentionMaskInterface.register("flex_attention", transformers_block_mask)` lets every model that was loaded with
-    attn_implementation="flex_attention" use it. Padded queries then attend to nothing; transformers lets them see.
-
-    Args:
-        batch_size, q_length, kv_length: B, L and S.
-        q_offset, kv_offset: positions of the first query and of the first key, as caches have them.
-        mask_function: what transformers wants masked. For any but its causal_mask_function, or None, which means the
-            same, transformers builds the mask as it does without us.
-        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding; none is when None.
-        device: where the mask is built when there is no attention_mask.
-        kwargs: handed on with the rest where transformers builds the mask.
-
-    Returns:
-        A BlockMask of shape (B, 1, L, S).
-
-    Raises:
-        ImportError: transformers is not installed, or older than 5.
-    """
-    from transformers.masking_utils import causal_mask_function, flex_attention_mask
-
-    if mask_function not in (None, causal_mask_function):
-        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore[arg-type]
-    if attention_mask is None:
-        pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
-    else:
-        pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
-        pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
-    return create_causal_padding_block_mask(pads, q_length, q_offset=q_offset - kv_offset)
-
-
-def transformers_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BlockMask | Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the "flex_attention" of Hugging Face transformers with the kernels that `causal_padded_attention` chooses.
-
-    After `AttentionInterface.register("flex_attention", transformers_attention)`; with any mask. Left to itself, torch
-    2.11 takes slow tiles for heads of 64, and none at all for some prompts below 128 tokens.
-
-    Args:
-        module, query, key, value, attention_mask, kwargs: what transformers hands to an attention; kernel_options in
-            a call of the model go before those chosen here.
-
-    Returns:
-        The output, (B, L, Hq, Ev), and the logarithms of the softmax's sums, None on the CPU.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    _raise_recompile_limit()
-    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    kwargs.setdefault("kernel_options", _kernel_options(query, key, block_mask))
-    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-# ---- the reference ------------------------------------------------------------------------------------------
+# ---- 4. The reference -------------------------------------------------------------------------------------
 
 
 def sdpa_reference(
-    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True, scale: float | None = None
-) -> Tensor:
-    """The same attention by `scaled_dot_product_attention` with the explicit mask: O(B L S) memory, any device.
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The same attention by `scaled_dot_product_attention` with the explicit mask, in memory for B L S flags.
 
     Args:
         query: (B, Hq, L, E), the last L positions of the sequence.
@@ -562,241 +492,280 @@ def sdpa_reference(
     Raises:
         TypeError, ValueError: what `create_padding_mask` says of `pads`.
     """
-    create_padding_mask(pads)  # for its checks
-    q_len, kv_len = query.shape[-2], key.shape[-2]
-    mask = ~pads[:, kv_len - q_len :, None] & ~pads[:, None, :]  # (B, L, S)
-    if causal:
-        mask = mask.tril(kv_len - q_len)
-    return _masked_sdpa(query, key, value, mask[:, None], scale)
+    mask, empty = _explicit_mask(pads, query.shape[2], causal)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    # Torch 2.11's efficient kernel reads a mask of more than 2**32 scores at the wrong place: give it parts,
+    # https://github.com/pytorch/pytorch/issues/187227.
+    rows = max(1, _LARGEST_MASK // mask.shape[3])
+    parts = zip(query.split(rows, dim=2), mask.split(rows, dim=2), strict=True)
+    outputs = [F.scaled_dot_product_attention(part, key, value, seen, scale=scale) for part, seen in parts]
+    return torch.cat(outputs, dim=2).masked_fill(empty, 0.0)
 
 
 _LARGEST_MASK = 2**32
 
 
-def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    if mask.shape[2] * mask.shape[3] > _LARGEST_MASK:
-        # Torch 2.11's efficient kernel reads more of it at the wrong place, https://github.com/pytorch/pytorch/issues/187227.
-        halves = zip(query.chunk(2, dim=2), mask.chunk(2, dim=2), strict=True)
-        return torch.cat([_masked_sdpa(rows, key, value, part, scale) for rows, part in halves], dim=2)
-    # A softmax over no key is NaN unless a kernel looks out for it: let those rows see every key, and zero them and
-    # their gradients after.
-    empty = ~mask.any(-1, keepdim=True)  # (B, 1, L, 1)
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, mask | empty, scale=scale).masked_fill(empty, 0.0)
+def _explicit_mask(pads: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """What the last L tokens see, (B, 1, L, S), or all where nothing; and where, (B, 1, L, 1)."""
+    create_padding_mask(pads)  # for its checks
+    start = pads.shape[1] - q_len
+    mask = ~pads[:, None, start:, None] & ~pads[:, None, None, :]
+    mask = mask.tril(start) if causal else mask
+    empty = ~mask.any(-1, keepdim=True)  # a softmax over no key is NaN, unless a kernel looks out for it
+    return mask | empty, empty
 
 
-# ---- the demonstration: python causal_padded_flexattn.py ------------------------------------------------------
+# ---- 5. Adapters ------------------------------------------------------------------------------------------
 
 
-def _draw_mask(path: Path, padding_side: str = "right") -> None:
+def sequence_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, mesh: Any, **kwargs: Any
+) -> Any:
+    """`causal_padded_attention` over sequences that are shared out over the ranks of a mesh.
+
+    Each rank gives its tokens and gets all tokens of some heads, attends, and gives them back: an all-to-all
+    before and one after, as in DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509; and so for gradients.
+
+    Args:
+        query: (B, Hq, S / ranks, E): this rank's tokens, in the order of the ranks.
+        key: (B, Hkv, S / ranks, E).
+        value: (B, Hkv, S / ranks, Ev).
+        pads: (B, S), torch.bool, True where the token is padding: of the whole sequence, on every rank.
+        mesh: a DeviceMesh of one dimension. Its ranks must divide Hq, and divide Hkv or be a multiple of it:
+            then each head of key and value is sent to several ranks.
+        kwargs: what `causal_padded_attention` takes. A block mask is that of the whole sequence.
+
+    Returns:
+        (B, Hq, S / ranks, Ev): the output for this rank's tokens; with return_lse, theirs too.
+
+    Raises:
+        TypeError, ValueError: mesh, length or heads do not fit, or what `causal_padded_attention` says.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
+    _require(mesh.ndim == 1, "mesh must have one dimension, which shares out the sequence", ndim=mesh.ndim)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        rule = f"{name} must be this rank's part, (batch, heads, length of pads / ranks, head size)"
+        is_part = x.dim() == 4 and x.shape[2] * ranks == pads.shape[-1]
+        _require(is_part, rule, **{name: x}, pads=pads, ranks=ranks)
+    fits = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+    rule = "ranks must divide the heads of query, and divide those of key or be a multiple of them: use fewer"
+    _require(fits, rule, ranks=ranks, heads=(heads, kv_heads))
+    copies = max(1, ranks // kv_heads)
+    if copies > 1:
+        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+
+    def exchange(x: Tensor, ours: int, wanted: int) -> Tensor:
+        return DTensor.from_local(x, mesh, [Shard(ours)]).redistribute(mesh, [Shard(wanted)]).to_local()
+
+    query, key, value = (exchange(x, 2, 1) for x in (query, key, value))  # (B, H / ranks, S, E)
+    result = causal_padded_attention(query, key, value, pads, **kwargs)
+    return tuple(exchange(x, 1, 2) for x in result) if isinstance(result, tuple) else exchange(result, 1, 2)
+
+
+def register_transformers() -> None:
+    """Let models of transformers that were loaded with attn_implementation="flex_attention" use this file.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionMaskInterface.register("flex_attention", transformers_block_mask)
+    AttentionInterface.register("flex_attention", transformers_attention)
+
+
+def transformers_block_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function: Any = None, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any,
+) -> BlockMask:  # fmt: skip
+    """Build the causal, sliding-window and bidirectional masks of transformers in closed form, no others.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: as transformers hands them to
+            its own function, which gets them where the mask is another.
+        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding; none is when None.
+        device, kwargs: likewise.
+
+    Returns:
+        A BlockMask of shape (B, 1, L, S). Where causal, padded queries see nothing; in transformers they do.
+    """
+    from transformers import masking_utils as theirs
+
+    def is_window(make: str) -> bool:
+        makes = getattr(theirs, make, None)  # one of them is missing in some versions
+        return local is not None and makes is not None and _are_same(mask_function, makes(local))
+
+    local: Any = kwargs.get("local_size")
+    window = None
+    is_causal = mask_function in (None, theirs.causal_mask_function)
+    both_ways = mask_function is theirs.bidirectional_mask_function
+    if is_window("sliding_window_causal_mask_function"):
+        window, is_causal = local, True
+    elif is_window("sliding_window_bidirectional_mask_function") and q_length == kv_length:
+        window = local + 1  # transformers counts the tokens on each side
+    if not (is_causal or both_ways or window):
+        sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
+        return theirs.flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore
+    if attention_mask is None:
+        pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
+        pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
+    if both_ways:  # queries may be other tokens than keys, and which of them are padding is not said
+        query_pads = pads.new_zeros(batch_size, q_length)
+        return create_causal_padding_block_mask(pads, causal=False, query_pads=query_pads)
+    offset = q_offset - kv_offset
+    offset = offset.reshape(()) if isinstance(offset, Tensor) else offset  # (1,) in some versions
+    return create_causal_padding_block_mask(pads, q_length, q_offset=offset, causal=is_causal, window=window)
+
+
+def _are_same(x: Any, y: Any) -> bool:
+    """Whether two functions, or what they capture, are the same code with the same values."""
+    if hasattr(x, "__code__") and hasattr(y, "__code__"):
+        x, y = ((f.__code__, *(cell.cell_contents for cell in f.__closure__ or ())) for f in (x, y))
+    if isinstance(x, tuple) and isinstance(y, tuple):
+        return len(x) == len(y) and all(map(_are_same, x, y))
+    return x is y or (type(x) is type(y) is int and x == y)
+
+
+def transformers_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Run the "flex_attention" of transformers with the kernels of `causal_padded_attention`.
+
+    Args:
+        module, query, key, value, attention_mask, scaling: what transformers hands to an attention. A mask
+            that is dense is added to the scores, or says where they are computed if it is boolean.
+        softcap: the scores are bent to at most this.
+        s_aux: (Hq,), the attention sinks.
+        position_bias: (B or 1, Hq, L, S), added to the scores.
+        kwargs: more that transformers hands over, of which only dropout is looked at.
+
+    Returns:
+        The output, (B, L, Hq, Ev), and None for the weights.
+
+    Raises:
+        ValueError: transformers asks for dropout, which flex does not have.
+    """
+    dropout, added, block_mask = kwargs.get("dropout"), [position_bias], attention_mask
+    _require(not dropout, "flex_attention has no dropout: set attention_dropout to 0", dropout=dropout)
+    query, key, value = _cast_for_autocast(query, key, value)
+    if isinstance(attention_mask, Tensor):
+        block_mask, dense = None, attention_mask[..., : key.shape[2]]
+        if dense.dtype == torch.bool:
+            dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, -torch.inf)
+        added.append(dense)
+    biases = [x.expand(*query.shape[:3], key.shape[2]) for x in added if x is not None]
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        for bias in biases:
+            score = score + bias[b, h, q_idx, kv_idx]
+        return score
+
+    changes = score_mod if biases or softcap is not None else None
+    result = _attend(query, key, value, block_mask, scaling, changes, s_aux is not None)
+    if s_aux is not None:  # a sink is one more key, of value zero: it takes its share of the softmax
+        share = torch.sigmoid(result[1] - s_aux.float()[:, None])  # (B, Hq, L)
+        result = result[0] * share.unsqueeze(-1).to(result[0].dtype)
+    return result.transpose(1, 2).contiguous(), None
+
+
+# ---- 6. The demonstration: python causal_padded_flexattn.py -----------------------------------------------
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    import argparse
+    import importlib
+    import os
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        return int(text)
+
+    about = "Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn."
+    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)  # an error is one line, then
+    add = parser.add_argument
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16; float32 on the CPU")
+    add("--batch-size", type=count, metavar="B", help="default: 8; 4 on the CPU")
+    add("--heads", type=count, metavar="H", help="of query; default: 16; 4 on the CPU")
+    add("--kv-heads", type=count, metavar="H", help="of key and value; default: as many")
+    add("--max-seq-len", type=count, metavar="S", help="default: 4096; 512 on the CPU")
+    add("--head-dim", type=count, metavar="D", default=64, help="default: 64")
+    add("--lengths", type=lambda x: [*map(count, x.split(","))], metavar="N,N,...", help="default: random")
+    add("--padding-side", choices=["right", "left"], default="right", help="default: right")
+    add("--seed", type=int, default=0, help="of the lengths and the numbers; default: 0")
+    add("--output", type=Path, metavar="PATH", help="default: causal_padding_mask.png, or ..._left.png")
+    add("--no-figure", action="store_true", help="draw nothing")
+    args, fail = parser.parse_args(argv), parser.error
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = ("float32", 4, 4, 512) if args.device == "cpu" else ("bfloat16", 8, 16, 4096)
+    args.dtype, args.heads = args.dtype or sizes[0], args.heads or sizes[2]
+    args.kv_heads, args.max_seq_len = args.kv_heads or args.heads, args.max_seq_len or sizes[3]
+    torch.manual_seed(args.seed)
+    drawn = torch.randint(max(1, args.max_seq_len // 8), args.max_seq_len + 1, (args.batch_size or sizes[1],))
+    args.lengths = args.lengths or drawn.tolist()
+    if args.batch_size not in (None, len(args.lengths)):
+        fail(f"--lengths has {len(args.lengths)} sequences: leave --batch-size {args.batch_size} out")
+    if args.heads % args.kv_heads:
+        fail(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
+    if max(args.lengths) > args.max_seq_len:
+        fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
+    if not args.no_figure:
+        side = "_left" if args.padding_side == "left" else ""
+        args.output = args.output or Path(f"causal_padding_mask{side}.png")
+        if args.output.suffix != ".png" or not args.output.parent.is_dir():
+            fail(f"--output must be a .png file in a folder that exists; got {args.output}")
+        if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
+            fail(f"--output {args.output} cannot be written: name another, or pass --no-figure")
+        try:
+            for package in ("matplotlib", "attn_gym"):
+                importlib.import_module(package)
+        except Exception as error:  # not only ImportError: a broken installation can raise anything
+            why = f"needs attn_gym and matplotlib ({type(error).__name__}: {error})"
+            fail(f"the figure {why}: pip install attn-gym matplotlib, or pass --no-figure")
+    return args
+
+
+def _draw_mask(path: Path, padding_side: str) -> None:
     """With attention-gym, the mask of a sequence of 8 tokens, padded to 12."""
+    import contextlib
+    import io
+
     import matplotlib
 
     matplotlib.use("Agg")  # no window, also where a display exists
     from attn_gym import visualize_attention_scores
+    from torch.nn.attention.flex_attention import and_masks
 
-    mask_mod = and_masks(causal, create_padding_mask(_pads([12, 8], 12, padding_side)))
-    tokens = torch.ones(2, 1, 12, 8)  # (B, H, S, E); only the mask is drawn
-    with contextlib.redirect_stdout(io.StringIO()):
-        visualize_attention_scores(
-            tokens, tokens, mask_mod=mask_mod, device="cpu", name="causal_padding_mask", path=path, batch_idx=1
-        )
-
-
-def _draw_tiles(path: Path) -> None:
-    """What a BlockMask makes of right padding, of left padding and of holes."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    tokens, length = 16 * 128, 11 * 128 - 50
-    place = torch.arange(tokens)
-    kinds = {
-        "right padding": place >= length,
-        "left padding": place < tokens - length,
-        "holes": (place % 700 > 400) & (place < 1800),
-    }
-    names, shades = ["skipped", "partial: asks the mask_mod", "full"], ["white", "#fdae61", "#2c5985"]
-    figure = Figure(figsize=(10.5, 4), layout="constrained")
-    for axes, (name, pads) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
-        block_mask = create_causal_padding_block_mask(pads[None])
-        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-        assert counts is not None and indices is not None
-        tiles = block_mask.to_dense() + BlockMask.from_kv_blocks(counts, indices).to_dense()  # full ones count twice
-        axes.pcolormesh(tiles[0, 0], cmap=ListedColormap(shades), vmin=0, vmax=2, edgecolor="0.7", linewidth=0.5)
-        ticks = range(0, 17, 4)
-        axes.set(title=name, xlabel="key block", ylabel="query block", aspect="equal", xticks=ticks, yticks=ticks)
-        axes.invert_yaxis()
-    patches = [Patch(facecolor=shade, edgecolor="0.7", label=name) for name, shade in zip(names, shades, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+    mask_mod = and_masks(causal, create_padding_mask(_pads([8], 12, padding_side)))
+    drawn: Any = {"mask_mod": mask_mod, "device": "cpu", "name": "causal_padding_mask", "path": path}
+    with contextlib.redirect_stdout(io.StringIO()):  # only the mask of these is drawn: (B, H, S, E)
+        visualize_attention_scores(torch.ones(1, 1, 12, 8), torch.ones(1, 1, 12, 8), **drawn)
 
 
-def _pads(lengths: Sequence[int], max_seq_len: int, padding_side: str, device: str | torch.device = "cpu") -> Tensor:
+def _pads(lengths: Sequence[int], max_seq_len: int, padding_side: str, device: str = "cpu") -> Tensor:
     """(B, max_seq_len): True where a sequence of that length, padded on that side, holds padding."""
-    positions = torch.arange(max_seq_len, device=device)
-    length = torch.tensor(lengths, device=device)[:, None]
-    return positions >= length if padding_side == "right" else positions < max_seq_len - length
+    places, length = torch.arange(max_seq_len, device=device), torch.tensor(lengths, device=device)[:, None]
+    return places >= length if padding_side == "right" else places < max_seq_len - length
 
 
-def _same_block_mask(ours: BlockMask, theirs: BlockMask) -> bool:
-    same = True
-    for name in ("kv", "full_kv", "q", "full_q"):
-        (counts, indices), (their_counts, their_indices) = (
-            (getattr(x, f"{name}_num_blocks"), getattr(x, f"{name}_indices")) for x in (ours, theirs)
-        )
-        listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
-        same &= torch.equal(counts, their_counts) and torch.equal(indices[listed], their_indices[listed])
-    return same
-
-
-_RESULTS = ("output", "query gradient", "key gradient", "value gradient")
-
-
-def _attend(attention: Callable[..., Any], inputs: Sequence[Tensor], grad_output: Tensor | None) -> list[Tensor]:
+def _differentiate(attention: Any, inputs: Sequence[Tensor], grad: Tensor | None) -> list[Tensor]:
     """The output and, given its gradient, the gradients of the inputs."""
-    inputs = [x.detach().requires_grad_(grad_output is not None) for x in inputs]
+    inputs = [x.detach().requires_grad_(grad is not None) for x in inputs]
     output = attention(*inputs)
-    return [output] if grad_output is None else [output, *torch.autograd.grad(output, inputs, grad_output)]
-
-
-def _wall_ms(run: Callable[[], object]) -> float:
-    from torch.utils.benchmark import Timer  # warms up, waits for the device, and takes the median of many
-
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.3).median * 1e3
-
-
-def _device_ms(run: Callable[[], object]) -> float:
-    # Device events, warm-up, and a cold L2 cache before each run.
-    from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
-
-    return do_bench(run, return_mode="median")
-
-
-def _peak_mib(run: Callable[[], object]) -> float:
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _compare_with_one_rank(
-    say: Callable[[str, str], None], inputs: Sequence[Tensor], grad: Tensor, pads: Tensor
-) -> bool:
-    """--sequence-parallel: every rank has the whole batch, and attends to its part of it and to all of it."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("nccl" if pads.is_cuda else "gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-
-    def part_of(x: Tensor) -> Tensor:
-        return x.chunk(ranks, dim=2)[rank].contiguous()
-
-    mesh = init_device_mesh(pads.device.type, (ranks,))
-    shared = partial(sequence_parallel_attention, pads=pads, mesh=mesh)
-    ways = {
-        f"{ranks} ranks": partial(_attend, shared, [*map(part_of, inputs)], part_of(grad)),
-        "one rank": partial(_attend, partial(causal_padded_attention, pads=pads), inputs, grad),
-    }
-    if pads.is_cuda:
-        say("compile", "flex_attention, for part of the heads and for all of them ...")
-    same = True
-    say("check", "largest difference from one rank, and two roundings:")
-    for name, part, whole in zip(_RESULTS, *(run() for run in ways.values()), strict=True):
-        error = (part - part_of(whole)).abs().max()
-        dist.all_reduce(error, dist.ReduceOp.MAX)
-        bound = 2 * torch.finfo(part.dtype).eps * whole.abs().max().item()
-        say("", f"{name:<16}{error.item():.1e}   {bound:.1e}")
-        same &= error.item() <= bound
-    say("time", "forward and backward, medians of 10 ...")
-    for name, run in ways.items():
-        seconds = []
-        for _ in range(10):  # the same number on every rank
-            dist.barrier()
-            start = time.perf_counter()
-            run()
-            if pads.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        memory = f", {_peak_mib(run):.0f} MiB at its peak" if pads.is_cuda else ""
-        say("", f"{name:<16}{statistics.median(seconds) * 1e3:.2f} ms{memory}")
-    dist.destroy_process_group()
-    return same
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description="Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn.",
-        epilog="Sizes left out: B8 H16 S4096 D64 in bfloat16 on CUDA, B4 H4 S512 D64 in float32 on the CPU.",
-    )
-    add = parser.add_argument
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto, the default, is cuda if there is one")
-    add("--dtype", choices=["float32", "float16", "bfloat16"])
-    add("--batch-size", type=_count, metavar="B")
-    add("--heads", type=_count, metavar="H", help="of query")
-    add("--kv-heads", type=_count, metavar="H", help="of key and value: as many as of query if left out")
-    add("--max-seq-len", type=_count, metavar="S", help="tokens of a padded sequence")
-    add("--head-dim", type=_count, metavar="D", default=64)
-    add("--lengths", type=lambda text: [*map(_count, text.split(","))], metavar="N,N,...", help="random if left out")
-    add("--padding-side", choices=["right", "left"], default="right", help="default: right")
-    add("--seed", type=int, default=0, help="of the lengths and the numbers; default: 0")
-    add("--output", type=Path, metavar="PATH", default="causal_padding_mask.png", help="default: %(default)s")
-    add("--figure", choices=["tokens", "tiles"], default="tokens", help="scores of one sequence, or tiles of several")
-    add("--no-figure", action="store_true")
-    add("--sequence-parallel", action="store_true", help="under torchrun: compare several ranks with one")
-    args = parser.parse_args(argv)
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
-    ranks = int(os.environ.get("WORLD_SIZE", 0))  # torchrun says it
-    if args.sequence_parallel and not ranks:
-        parser.error("run --sequence-parallel under torchrun --nproc-per-node N")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.lengths and args.batch_size not in (None, len(args.lengths)):
-        parser.error(f"--lengths has {len(args.lengths)} sequences: leave --batch-size {args.batch_size} out")
-    sizes = ("bfloat16", 8, 16, 4096) if args.device == "cuda" else ("float32", 4, 4, 512)
-    dtype, batch_size, heads, max_seq_len = sizes
-    args.dtype, args.heads = args.dtype or dtype, args.heads or heads
-    args.kv_heads, args.max_seq_len = args.kv_heads or args.heads, args.max_seq_len or max_seq_len
-    if args.heads % args.kv_heads:
-        parser.error(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
-    torch.manual_seed(args.seed)
-    if not args.lengths:
-        shortest = max(1, args.max_seq_len // 8)
-        args.lengths = torch.randint(shortest, args.max_seq_len + 1, (args.batch_size or batch_size,)).tolist()
-    if args.sequence_parallel and (args.max_seq_len % ranks or args.heads % ranks or args.kv_heads % ranks):
-        parser.error(f"{ranks} ranks must divide --max-seq-len, --heads and --kv-heads: use fewer")
-    if max(args.lengths) > args.max_seq_len:
-        parser.error(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
-    if args.output.suffix != ".png" or not args.output.parent.is_dir():
-        parser.error(f"--output must be a .png file in a folder that exists; got {args.output}")
-    if not (args.no_figure or args.sequence_parallel):
-        if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
-            parser.error(f"--output {args.output} cannot be written: name another, or pass --no-figure")
-        try:
-            importlib.import_module("matplotlib")
-            importlib.import_module("attn_gym")
-        except Exception as error:  # not only ImportError: a broken installation can raise anything
-            parser.error(
-                f"the figure needs attn_gym and matplotlib ({type(error).__name__}: {error}): "
-                "pip install attn-gym matplotlib, or pass --no-figure"
-            )
-    return args
+    return [output] if grad is None else [output, *torch.autograd.grad(output, inputs, grad)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -806,14 +775,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments of the command line; those of the process when None.
 
     Returns:
-        The exit status: 0 when the checks hold, 1 when they do not, 2 without a compiler, 130 when interrupted.
-        Unusable arguments exit with 2.
+        The exit status: 0 when the checks hold, 1 when they do not, 2 for unusable arguments or no compiler,
+        130 when interrupted, 141 when nobody reads on.
     """
+    import os
+    import sys
+
     args = _parse(argv)
     try:
         return _demonstrate(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
+        return 141
     except RuntimeError as error:
         if "InvalidCxxCompiler" not in str(error):
             raise
@@ -821,98 +796,92 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _demonstrate(args: argparse.Namespace) -> int:
+def _demonstrate(args: Any) -> int:
+    import logging
+    import os
+    import sys
+    import time
+    import warnings
+
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+    from torch.utils.benchmark import Timer
+
     # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
     os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-    # That a CUDA toolkit is there, but no card, is nothing to act on.
+    # Nothing to act on: that a CUDA toolkit is there, but no card; and a default that Triton 3.9 alone can
+    # change, of which it speaks here and where it compiles in the background.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    device, dtype, on_cuda = torch.device(args.device), getattr(torch, args.dtype), args.device == "cuda"
-    if args.sequence_parallel and on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    speaks = not args.sequence_parallel or os.environ["RANK"] == "0"
-    batch_size, max_seq_len = len(args.lengths), args.max_seq_len
-    pads = _pads(args.lengths, max_seq_len, args.padding_side, device)  # (B, S)
-    query, key, value, grad_output = (
-        torch.randn(batch_size, heads, max_seq_len, args.head_dim, device=device, dtype=dtype)
-        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    )
-    inputs, grad = (query, key, value), grad_output if on_cuda else None
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
     def say(label: str, text: str) -> None:
-        if speaks:
-            print(f"{label:<12}{text}", flush=True)
+        print(f"{label:<12}{text}", flush=True)
 
-    say("device", f"{torch.cuda.get_device_name() if on_cuda else 'CPU'}, torch {torch.__version__}, {args.dtype}")
-    if not on_cuda and not args.sequence_parallel:
-        say("", "forward only: FlexAttention has no backward on the CPU")
-    heads = f"{args.heads} query and {args.kv_heads} key heads of {args.head_dim}"
+    on_cuda, dtype, grouped = args.device == "cuda", getattr(torch, args.dtype), args.heads != args.kv_heads
+    card = torch.cuda.get_device_name() if on_cuda else "CPU: forward only, as FlexAttention has it"
+    say("device", f"torch {torch.__version__}, {args.dtype}, {card}")
+    batch_size, length = len(args.lengths), args.max_seq_len
+    pads = _pads(args.lengths, length, args.padding_side, args.device)  # (B, S)
+    *inputs, grad = (
+        torch.randn(batch_size, heads, length, args.head_dim, device=args.device, dtype=dtype)
+        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    )
+    directions = {"forward": None} | ({"with backward": grad} if on_cuda else {})
     padding = f"{pads.float().mean():.0%} of it padding on the {args.padding_side}"
-    say("batch", f"{batch_size} x {max_seq_len} tokens, {padding}; {heads}")
+    heads = f"{args.heads} query and {args.kv_heads} key heads of {args.head_dim}"
+    say("batch", f"{batch_size} x {length} tokens, {padding}; {heads}")
 
-    if args.sequence_parallel:
-        return int(not _compare_with_one_rank(say, inputs, grad_output, pads))
-
-    say("block mask", "building ...")
     mask_mod = and_masks(causal, create_padding_mask(pads))
-    ways: dict[str, Callable[[], BlockMask]] = {
-        "create_block_mask": partial(create_block_mask, mask_mod, batch_size, None, max_seq_len, max_seq_len, device),
-        "closed form": partial(create_causal_padding_block_mask, pads),
-    }
-    block_mask, closed = (build() for build in ways.values())
-    wrong = [] if _same_block_mask(closed, block_mask) else ["the block masks"]
-    full, partly = (int(x.sum()) for x in (closed.full_kv_num_blocks, closed.kv_num_blocks) if x is not None)
-    tiles = closed.kv_indices.numel()
-    say("", f"{tiles} tiles of 128 x 128: {full} full, {partly} partial, {tiles - full - partly} skipped")
-    for name, build in ways.items():
-        memory = f", {_peak_mib(build):.1f} MiB at its peak" if on_cuda else ""
-        say("", f"{name:<20}{_wall_ms(build):.2f} ms{memory}")
-    say("", "not the same" if wrong else "the same, both ways")
+    block_mask: Any = create_block_mask(mask_mod, batch_size, None, length, length, device=args.device)
+    closed: Any = create_causal_padding_block_mask(pads)
+    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+    same = all(torch.equal(getattr(closed, name), getattr(block_mask, name)) for name in names)
+    wrong = [] if same else ["block masks"]
+    full, partly = closed.full_kv_num_blocks.sum(), closed.kv_num_blocks.sum()
+    skipped = closed.kv_indices.numel() - full - partly
+    say("block mask", f"tiles of 128 x 128: {full} full, {partly} partial, {skipped} skipped")
 
-    say("compile", f"flex_attention, forward{' and backward' if on_cuda else ''} ...")
-    options, grouped = _kernel_options(query, key, block_mask), args.heads != args.kv_heads
+    say("compile", f"flex_attention, {' and '.join(directions)} ...")
+    options = _kernel_options(inputs[0], inputs[1], block_mask)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     flex = partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
-    sdpa = partial(sdpa_reference, pads=pads)
-    start = time.perf_counter()
-    results = _attend(flex, inputs, grad)
-    if on_cuda:
-        torch.cuda.synchronize()
+    start, (*_, passes) = time.perf_counter(), directions.values()
+    results = [x.cpu() for x in _differentiate(flex, inputs, passes)]
     say("", f"{time.perf_counter() - start:.1f} s")
 
     say("check", "largest error against SDPA in higher precision, SDPA's own, and the bound:")
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    rows = zip(*(x.to(wide).split(1) for x in (*inputs, grad_output)), pads.split(1), strict=True)
-    # One sequence at a time, since float64 has no kernel that saves memory.
-    exact = [
-        _attend(partial(sdpa_reference, pads=pad), row, row_grad if on_cuda else None) for *row, row_grad, pad in rows
+    higher = torch.float64 if dtype == torch.float32 else torch.float32
+    wide = [x.to(higher).split(1) for x in (*inputs, grad)]
+    exact = [  # one sequence at a time, since float64 has no kernel that saves memory
+        _differentiate(partial(sdpa_reference, pads=pad), row, row_grad if on_cuda else None)
+        for *row, row_grad, pad in zip(*wide, pads.split(1), strict=True)
     ]
-    for name, ours, own, *truth in zip(_RESULTS, results, _attend(sdpa, inputs, grad), *exact, strict=False):
-        error, own_error = ((x - torch.cat(truth)).abs().max().item() for x in (ours, own))
-        # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and two roundings. And 16 of
-        # float32, in which a weight is 2 to the power of a difference of numbers of up to 10 or 20.
+    plain = _differentiate(partial(sdpa_reference, pads=pads), inputs, passes)
+    quantities = ("output", "query gradient", "key gradient", "value gradient")
+    for name, ours, own, *truth in zip(quantities, results, plain, *exact, strict=False):
+        error, own_error = ((x.cpu() - torch.cat(truth).cpu()).abs().max().item() for x in (ours, own))
+        # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and two roundings. And 16
+        # of float32, in which a weight is 2 to the power of a difference of numbers of up to 10 or 20.
         rounding = (2 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * own.abs().max().item()
         bound = (2 if name == "output" else 3) * own_error + rounding
         say("", f"{name:<16}{error:.1e}   {own_error:.1e}   {bound:.1e}")
-        if not error <= bound:
-            wrong.append(name)
+        wrong += [] if error <= bound else [name]
 
-    say("time", "medians ...")
-    for name, passes in [("forward", None)] + ([("with backward", grad)] if on_cuda else []):
-        measure = _device_ms if on_cuda else _wall_ms
-        ours_ms, own_ms = (measure(partial(_attend, attention, inputs, passes)) for attention in (flex, sdpa))
-        times = f"flex {ours_ms:.2f} ms, SDPA with the explicit mask {own_ms:.2f} ms"
-        say("", f"{name:<16}{times}: {own_ms / ours_ms:.1f} x")
-
+    say("time", "median ms, masks made before, nothing zeroed: flex, and SDPA with the explicit mask")
+    mask, _ = _explicit_mask(pads, length, True)
+    sdpa = partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=grouped)
+    for name, passes in directions.items():
+        timed = [{"run": partial(_differentiate, way, inputs, passes)} for way in (flex, sdpa)]
+        timers = [Timer("run()", globals=x, num_threads=torch.get_num_threads()) for x in timed]
+        ours_ms, own_ms = (timer.blocked_autorange(min_run_time=0.3).median * 1e3 for timer in timers)
+        say("", f"{name:<16}{ours_ms:.2f}   {own_ms:.2f}   {own_ms / ours_ms:.1f} x")
     if not args.no_figure:
-        if args.figure == "tokens":
-            _draw_mask(args.output, args.padding_side)
-        else:
-            _draw_tiles(args.output)
-        say("figure", str(args.output))
+        _draw_mask(args.output, args.padding_side)
+        say("figure", f"{args.output}: the mask of 8 tokens, padded to 12 on the {args.padding_side}")
     if wrong:
         print(f"FlexAttention and what it was checked against differ: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """What sequence_parallel_attention costs on any number of GPUs of one host.
 
-torchrun --nproc-per-node N benchmarks/sequence_parallel.py      measure; for N = 1, 2, 4, ... one after the other
-python benchmarks/sequence_parallel.py table | plot              show what was measured
+torchrun --nproc-per-node N benchmarks/sequence_parallel.py      measure; for N = 1, 2, 4, ... in turn
+python benchmarks/sequence_parallel.py table                     show what was measured
 
 Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows that it measures again.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark import RESULTS, Row, compile_afresh, load, made_with, save, synchronize
+from common import RESULTS, Row, compile_afresh, load, made_with, save, synchronize
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -50,7 +50,7 @@ def checksums(part: Tensor) -> list[int]:
 
 
 def milliseconds(run: Callable[[], object], device: str, times: int) -> float:
-    """Of the slowest rank: the median of three queues of up to `times` runs, as many as take 2 s, or of a run alone."""
+    """Of the slowest rank: the median of three queues of runs, as many as take 2 s, or of a run alone."""
 
     def queue(runs: int) -> float:
         synchronize(device)
@@ -76,13 +76,19 @@ def attention_over(length: int, mesh: DeviceMesh, device: str) -> Callable[..., 
     pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
     block_mask = create_causal_padding_block_mask(pads)
     # Triton's kernels give the same bits every time.
-    return lambda *inputs: sequence_parallel_attention(*inputs, pads, mesh, block_mask=block_mask, backend="triton")
+    return lambda *inputs: sequence_parallel_attention(
+        *inputs, pads, mesh, block_mask=block_mask, backend="triton"
+    )
 
 
-def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int) -> Row:
+def measure(
+    length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int
+) -> Row:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = (heads, kv_heads, kv_heads, heads)
-    *parts, grad_output = (make_part(seed, n, length, head_dim, device, dtype) for seed, n in enumerate(sizes))
+    *parts, grad_output = (
+        make_part(seed, n, length, head_dim, device, dtype) for seed, n in enumerate(sizes)
+    )
     inputs = [x.detach().requires_grad_() for x in parts]
     attend = attention_over(length, mesh, device)
 
@@ -103,14 +109,25 @@ def measure(length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceM
 
 
 def measure_layers(
-    layers: int, length: int, heads: int, kv_heads: int, head_dim: int, mesh: DeviceMesh, device: str, times: int
+    layers: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mesh: DeviceMesh,
+    device: str,
+    times: int,
 ) -> Row:
-    """The attention of a decoder, with its projections: what a model keeps for the backward pass grows with them."""
+    """The attention of a decoder with its projections, which add to what is kept for the backward pass."""
     dtype, width = torch.bfloat16 if device == "cuda" else torch.float32, heads * head_dim
     attend, sizes = attention_over(length, mesh, device), [heads, kv_heads, kv_heads]
-    x = make_part(0, heads, length, head_dim, device, dtype).transpose(1, 2).flatten(2)  # (1, length / ranks, width)
+    x = (
+        make_part(0, heads, length, head_dim, device, dtype).transpose(1, 2).flatten(2)
+    )  # (1, length / ranks, width)
     shapes = [(width, sum(sizes) * head_dim), (width, width)] * layers
-    weights = [torch.randn(shape, device=device, dtype=dtype).div_(width**0.5).requires_grad_() for shape in shapes]
+    weights = [
+        torch.randn(shape, device=device, dtype=dtype).div_(width**0.5).requires_grad_() for shape in shapes
+    ]
 
     def both() -> None:
         y = x
@@ -128,10 +145,10 @@ def memory(device: str) -> Row:
 
 
 def table(folder: Path) -> str:
-    """Milliseconds, memory, the share of the exchange, and the efficiency against the fewest ranks of that length."""
+    """Milliseconds, memory, the exchange's share, and the efficiency against the fewest ranks of a length."""
     result = load("sequence_parallel", folder)
     lines = [
-        "| tokens | GPUs | ms forward | ms with backward | exchange alone | GiB a GPU | efficiency | same bits |",
+        "| tokens | GPUs | ms forward | with backward | exchange | GiB a GPU | efficiency | same bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row, base in with_base(result["results"]):
@@ -151,26 +168,7 @@ def table(folder: Path) -> str:
         ]
         lines.append(f"{start} {' | '.join(cells)} |")
     shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding".format(**result)
-    return "\n".join([shape, "", *lines, "", *estimate(result["results"]), made_with(result)])
-
-
-def estimate(rows: list[Row], ranks: int = 8, length: int = 2**20) -> list[str]:
-    """What more GPUs and tokens would take, from one GPU's arithmetic and two GPUs' exchange and memory."""
-    rows = [row for row in rows if "exchange_ms" in row]
-    if not rows or any((row["ranks"], row["length"]) == (ranks, length) for row in rows):
-        return []
-    longest = max(row["length"] for row in rows)
-    base = {row["ranks"]: row for row in rows if row["length"] == longest}
-    if 1 not in base or 2 not in base:
-        return []
-    arithmetic = base[1]["both_ms"] * (length / longest) ** 2 / ranks
-    # A GPU sends all of its tokens but those whose heads are its own.
-    sent, sent_by_two = length / ranks * (1 - 1 / ranks), longest / 2 * (1 - 1 / 2)
-    exchange = base[2]["exchange_ms"] * sent / sent_by_two
-    gibibytes = base[2].get("peak_mib", 0) / 1024 * (length / ranks) / (longest / 2)
-    what = f"{ranks} GPUs and {length:,} tokens".replace(",", " ")
-    parts = f"{arithmetic / 1e3:.2f} s of arithmetic, {exchange:.0f} ms of exchange, {gibibytes:.0f} GiB a GPU"
-    return [f"Computed from the longest rows, not measured: {what}, forward and backward: {parts}.", ""]
+    return "\n".join([shape, "", *lines, "", made_with(result)])
 
 
 def size(row: Row) -> tuple[int, int, int]:
@@ -178,41 +176,30 @@ def size(row: Row) -> tuple[int, int, int]:
 
 
 def with_base(rows: list[Row]) -> list[tuple[Row, Row | None]]:
-    """Each row in order, with that of the fewest ranks that hold its length; None if it does not fit itself."""
+    """Each row in order, with that of the fewest ranks that hold its length; None if it does not fit."""
     rows = sorted(rows, key=size)
     fits = [row for row in rows if "both_ms" in row]
-    return [(row, next(x for x in fits if size(x)[:2] == size(row)[:2]) if row in fits else None) for row in rows]
+    return [
+        (row, next(x for x in fits if size(x)[:2] == size(row)[:2]) if row in fits else None) for row in rows
+    ]
 
 
 def efficiency(row: Row, base: Row) -> float:
     return base["both_ms"] * base["ranks"] / (row["both_ms"] * row["ranks"])
 
 
-def plot(folder: Path) -> None:
-    from matplotlib.figure import Figure
-
-    result = load("sequence_parallel", folder)
-    pairs = [(row, base) for row, base in with_base(result["results"]) if base is not None and "layers" not in row]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, length in enumerate(dict.fromkeys(row["length"] for row, _ in pairs)):
-        points = [(row["ranks"], efficiency(row, base)) for row, base in pairs if row["length"] == length]
-        axes.plot(
-            *zip(*points, strict=True), color=str(0.15 * (i % 5)), marker="osv^D"[i % 5], label=f"{length} tokens"
-        )
-    axes.set(xlabel="GPUs", ylabel="efficiency, forward and backward", ylim=(0, 1.1))
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    axes.set_title(made_with(result), fontsize=8)
-    figure.savefig(folder / "sequence_parallel.png", dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["measure", "table", "plot"], default="measure")
-    parser.add_argument("--lengths", nargs="*", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=["measure", "table"], default="measure")
+    parser.add_argument(
+        "--lengths", nargs="*", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S"
+    )
     parser.add_argument("--layers", type=int, default=24, help="of a decoder")
-    parser.add_argument("--layers-lengths", nargs="*", type=int, default=[2**17], metavar="S", help="for the decoder")
+    parser.add_argument(
+        "--layers-lengths", nargs="*", type=int, default=[2**17], metavar="S", help="for the decoder"
+    )
     parser.add_argument("--heads", default="32/8", metavar="Hq/Hkv")
     parser.add_argument("--head-dim", type=int, default=128, metavar="D")
     parser.add_argument("--times", type=int, default=10)
@@ -221,8 +208,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "table":
         return print(table(args.results))
-    if args.what == "plot":
-        return plot(args.results)
 
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -235,7 +220,9 @@ def main() -> None:
     rows = load("sequence_parallel", args.results)["results"] if measured else []
     over_layers = partial(measure_layers, args.layers)
     for way, length in [(measure, n) for n in args.lengths] + [(over_layers, n) for n in args.layers_lengths]:
-        row: Row = {"ranks": ranks, "length": length} | ({"layers": args.layers} if way is over_layers else {})
+        row: Row = {"ranks": ranks, "length": length} | (
+            {"layers": args.layers} if way is over_layers else {}
+        )
         try:
             row |= way(length, heads, kv_heads, args.head_dim, mesh, args.device, args.times)
         except torch.OutOfMemoryError:

@@ -16,27 +16,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def explicit_mask(pads: Tensor, q_len: int | None = None, q_offset: int | None = None, causal: bool = True) -> Tensor:
+def explicit_mask(
+    pads: Tensor,
+    q_len: int | None = None,
+    q_offset: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    query_pads: Tensor | None = None,
+) -> Tensor:
     """(B, L, S): True where query q_offset + i may see key j; the last L positions by default."""
     kv_len = pads.shape[1]
+    if query_pads is not None:
+        return ~query_pads[:, :, None] & ~pads[:, None, :]
     q_len = kv_len if q_len is None else q_len
     q_offset = kv_len - q_len if q_offset is None else q_offset
     rows = torch.arange(q_offset, q_offset + q_len, device=pads.device)
-    columns = torch.arange(kv_len, device=pads.device)
-    seen = rows[:, None] >= columns[None, :] if causal else torch.ones(q_len, kv_len, dtype=bool, device=pads.device)
-    return seen & ~pads[:, rows][:, :, None] & ~pads[:, None, :]
+    distance = rows[:, None] - torch.arange(kv_len, device=pads.device)
+    seen = ~pads[:, rows][:, :, None] & ~pads[:, None, :]
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    if documents is not None:
+        seen &= documents[:, rows][:, :, None] == documents[:, None, :]
+    return seen
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """Softmax attention in float64, differentiable; rows of the mask (B, L, S) that allow nothing give zeros."""
-    query, key, value = query.double(), key.double(), value.double()
+def written_out(
+    query, key, value, mask: Tensor, scale: float | None = None, score_mod=None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in the precision of its inputs, and the logarithms of its sums; differentiable.
+
+    Rows of the mask (B, L, S) that allow nothing give zeros, and -inf.
+    """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = mask[:, None]
     scores = torch.einsum("bhle,bhse->bhls", query, key) * scale
-    weights = scores.masked_fill(~mask, -1e30).softmax(-1) * mask  # a row of nothing: uniform, then zero
-    return torch.einsum("bhls,bhsv->bhlv", weights, value)
+    if score_mod is not None:
+        b, h, q_idx, kv_idx = (
+            torch.arange(n, device=query.device).view([n if i == j else 1 for j in range(4)])
+            for i, n in enumerate(scores.shape)
+        )
+        scores = score_mod(scores, b, h, q_idx, kv_idx).to(query.dtype)
+    scores = scores.masked_fill(~mask, -1e30)
+    weights = scores.softmax(-1) * mask  # a row of nothing: uniform, then zero
+    lse = scores.logsumexp(-1).masked_fill(~mask.any(-1), -torch.inf)
+    return torch.einsum("bhls,bhsv->bhlv", weights, value), lse
+
+
+def exact_attention(query, key, value, mask: Tensor, scale: float | None = None, score_mod=None) -> Tensor:
+    """The same in float64."""
+    return written_out(query.double(), key.double(), value.double(), mask, scale, score_mod)[0]
 
 
 def with_gradients(attention, inputs, grad_output: Tensor | None) -> list[Tensor]:
@@ -46,16 +79,20 @@ def with_gradients(attention, inputs, grad_output: Tensor | None) -> list[Tensor
     return [output] if grad_output is None else [output, *torch.autograd.grad(output, inputs, grad_output)]
 
 
-def assert_as_exact_as_sdpa(results: list[Tensor], sdpa: list[Tensor], exact: list[Tensor]) -> None:
+def assert_as_exact(results: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
     """FlashAttention's habit: at most twice plain PyTorch's error (thrice for gradients), and two roundings.
 
-    And since flash kernels compute a weight as 2 to the power of a float32 difference of numbers of up to 10 or 20,
-    sixteen roundings of float32, which matter in float32 alone.
+    And since flash kernels compute a weight as 2 to the power of a float32 difference of numbers of up to
+    10 or 20, sixteen roundings of float32, which matter in float32 alone.
     """
-    for i, (ours, plain, truth) in enumerate(zip(results, sdpa, exact, strict=True)):
+    for i, (ours, own, truth) in enumerate(zip(results, plain, exact, strict=True)):
         error = (ours.double() - truth.double()).abs().max().item()
-        plain_error = (plain.double() - truth.double()).abs().max().item()
-        rounding = (2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps) * truth.abs().max().item()
+        plain_error = (own.double() - truth.double()).abs().max().item()
+        rounding = (
+            2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        ) * truth.abs().max().item()
         bound = (3 if i else 2) * plain_error + rounding
-        name = ["output", "query gradient", "key gradient", "value gradient"][i]
-        assert error <= bound, f"{name}: error {error:.2e}, SDPA's own {plain_error:.2e}, bound {bound:.2e}"
+        name = ["output", "query gradient", "key gradient", "value gradient", "bias gradient"][i]
+        assert error <= bound, (
+            f"{name}: error {error:.2e}, plain PyTorch's {plain_error:.2e}, bound {bound:.2e}"
+        )

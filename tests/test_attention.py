@@ -1,14 +1,14 @@
 """causal_padded_attention: values and gradients, decoding, shapes that change, inputs that do not fit."""
 
-import importlib
+import contextlib
 import itertools
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES, assert_as_exact_as_sdpa, exact_attention, explicit_mask, with_gradients
+import torch.nn.functional as F
+from conftest import DEVICES, assert_as_exact, exact_attention, explicit_mask, with_gradients, written_out
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
@@ -16,11 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import causal_padded_flexattn
 from causal_padded_flexattn import (
-    _compiled_flex_attention,
     _flash_obstacle,
-    _has_flash,
     _is_faster_with_flash,
-    _raise_recompile_limit,
     causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
@@ -73,34 +70,64 @@ def make_inputs(
     sizes: tuple[int, int] = (64, 64),
 ) -> tuple[list[Tensor], Tensor]:
     """query, key and value, and a gradient of the output."""
-    shapes = [(heads[0], lengths[0], sizes[0]), (heads[1], lengths[1], sizes[0]), (heads[1], lengths[1], sizes[1])]
+    shapes = [
+        (heads[0], lengths[0], sizes[0]),
+        (heads[1], lengths[1], sizes[0]),
+        (heads[1], lengths[1], sizes[1]),
+    ]
     inputs = [torch.randn(batch_size, *shape, device=device, dtype=dtype) for shape in shapes]
     return inputs, torch.randn(batch_size, heads[0], lengths[0], sizes[1], device=device, dtype=dtype)
 
 
-def check(inputs, grad_output, pads, *, causal=True, scale=None, inference=False, **kwargs) -> None:
-    """Against float64, as exact as SDPA in the same precision; padded rows exact zeros."""
-    query = inputs[0]
-    mask = explicit_mask(pads, query.shape[2], causal=causal)
+def check(
+    inputs, grad_output, pads, *, scale=None, score_mod=None, inference=False, seen=None, **kwargs
+) -> None:
+    """Against float64, as exact as plain PyTorch in the same precision; padded rows exact zeros.
+
+    `seen`: what says which keys a query sees: causal, window, documents, query_pads.
+    """
+    query, seen = inputs[0], seen or {}
+    mask = explicit_mask(pads, query.shape[2], **seen)
+    options = {"scale": scale, "score_mod": score_mod}
+    if "block_mask" not in kwargs:
+        kwargs |= seen
     for grad in (None, grad_output) if inference else (grad_output,):
         ours = with_gradients(
-            lambda q, k, v: causal_padded_attention(q, k, v, pads, causal=causal, scale=scale, **kwargs), inputs, grad
+            lambda q, k, v: causal_padded_attention(q, k, v, pads, **options, **kwargs), inputs, grad
         )
-        sdpa = with_gradients(lambda q, k, v: sdpa_reference(q, k, v, pads, causal=causal, scale=scale), inputs, grad)
+        if score_mod is None and not seen.keys() - {"causal"}:
+            plain = partial(sdpa_reference, pads=pads, scale=scale, **seen)
+        elif score_mod is None:
+            plain = partial(masked_sdpa, mask=mask, scale=scale)
+        else:
+            plain = lambda q, k, v: written_out(q, k, v, mask, scale, score_mod)[0]  # noqa: E731
+        own = with_gradients(plain, inputs, grad)
         exact = with_gradients(
-            lambda q, k, v: exact_attention(q, k, v, mask, scale), [x.double() for x in inputs], grad
+            lambda q, k, v: exact_attention(q, k, v, mask, scale, score_mod),
+            [x.double() for x in inputs],
+            grad,
         )
-        assert_as_exact_as_sdpa(ours, sdpa, exact)
-        q_pads = pads[:, pads.shape[1] - query.shape[2] :]
+        assert_as_exact(ours, own, exact)
+        q_pads = ~mask.any(-1)
         for result, rows in zip(ours, (q_pads, q_pads, pads, pads), strict=False):
             assert result.isfinite().all() and result.transpose(1, 2)[rows].count_nonzero() == 0
+
+
+def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    empty = ~mask.any(-1)[:, None, :, None]
+    output = F.scaled_dot_product_attention(query, key, value, mask[:, None] | empty, scale=scale)
+    return output.masked_fill(empty, 0.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_padding(device: str, is_causal: bool) -> None:
     for padding in PADDING:
-        check(*make_inputs(device), make_pads(padding, 200, device), causal=is_causal, inference=True)
+        check(
+            *make_inputs(device), make_pads(padding, 200, device), seen={"causal": is_causal}, inference=True
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -115,7 +142,9 @@ def test_lengths(device: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(device: str, dtype: torch.dtype) -> None:
     for padding in ("right", "left", "holes"):
-        check(*make_inputs(device, dtype, lengths=(300, 300)), make_pads(padding, 300, device), inference=True)
+        check(
+            *make_inputs(device, dtype, lengths=(300, 300)), make_pads(padding, 300, device), inference=True
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -163,13 +192,15 @@ def test_one_block_mask_serves_all_layers(device: str) -> None:
     for _ in range(2):
         check(*make_inputs(device), pads, block_mask=block_mask)
     both_ways = create_causal_padding_block_mask(pads, causal=False)
-    check(*make_inputs(device), pads, causal=False, block_mask=both_ways)
+    check(*make_inputs(device), pads, seen={"causal": False}, block_mask=both_ways)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("BLOCK_SIZE", [256, (128, 384)])
-def test_blocks_that_reach_past_the_end(BLOCK_SIZE: int | tuple[int, int], is_causal: bool, device: str) -> None:
+def test_blocks_that_reach_past_the_end(
+    BLOCK_SIZE: int | tuple[int, int], is_causal: bool, device: str
+) -> None:
     """384 is a multiple of the kernel's tiles, not of the blocks; what lies behind must not be read."""
     inputs, grad_output = make_inputs(device, lengths=(512, 512))
     pads = make_pads("right", 512, device)
@@ -178,7 +209,124 @@ def test_blocks_that_reach_past_the_end(BLOCK_SIZE: int | tuple[int, int], is_ca
     pads[:, 384:] = False
     block_mask = create_causal_padding_block_mask(pads[:, :384], causal=is_causal, BLOCK_SIZE=BLOCK_SIZE)
     shorter = [x[:, :, :384] for x in inputs]
-    check(shorter, grad_output[:, :, :384], pads[:, :384], causal=is_causal, block_mask=block_mask)
+    seen = {"causal": is_causal}
+    check(shorter, grad_output[:, :, :384], pads[:, :384], seen=seen, block_mask=block_mask)
+
+
+def make_documents(pads: Tensor) -> Tensor:
+    """(B, S): some documents in each row, padding in some of them; numbers without meaning at padding."""
+    begins = torch.rand(pads.shape, device=pads.device) < 0.03
+    return (begins.cumsum(1) * 7 - 20).masked_fill(pads, 5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_window_and_documents(device: str, is_causal: bool, with_documents: bool) -> None:
+    for padding, window in itertools.product(("right", "left", "holes"), (None, 1, 40, 150, 1000)):
+        pads = make_pads(padding, 300, device)
+        documents = make_documents(pads) if with_documents else None
+        seen = {"causal": is_causal, "window": window, "documents": documents}
+        given = {"block_mask": create_causal_padding_block_mask(pads, **seen)} if padding == "left" else {}
+        check(*make_inputs(device, lengths=(300, 300)), pads, seen=seen, **given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("q_len", [1, 5, 130])
+def test_window_and_documents_with_fewer_queries(device: str, q_len: int) -> None:
+    for padding in ("right", "left"):
+        pads = make_pads(padding, 300, device)
+        seen = {"window": 100, "documents": make_documents(pads)}
+        check(*make_inputs(device, lengths=(q_len, 300)), pads, seen=seen, inference=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", [(300, 200), (70, 200), (200, 200), (1, 130)])
+def test_cross_attention(device: str, lengths: tuple[int, int]) -> None:
+    pads, query_pads = make_pads("right", lengths[1], device), make_pads("holes", lengths[0], device)
+    seen = {"causal": False, "query_pads": query_pads}
+    inputs = make_inputs(device, lengths=lengths)
+    check(*inputs, pads, seen=seen, inference=True)
+    block_mask = create_causal_padding_block_mask(pads, **seen)
+    check(*inputs, pads, seen=seen, block_mask=block_mask, query_pads=query_pads, safe_padding=True)
+
+
+def soft_cap(score, b, h, q_idx, kv_idx):
+    return 5 * torch.tanh(score / 5)
+
+
+def make_alibi(device: str):
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], device=device)
+    return lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx).abs()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["soft cap", "alibi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_score_mod(device: str, kind: str, dtype: torch.dtype) -> None:
+    score_mod = soft_cap if kind == "soft cap" else make_alibi(device)
+    pads = make_pads("left", 200, device)
+    for seen in ({}, {"window": 50, "documents": make_documents(pads)}, {"causal": False}):
+        check(*make_inputs(device, dtype), pads, score_mod=score_mod, seen=seen, inference=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_learned_bias_gets_its_gradient(device: str) -> None:
+    pads, (inputs, grad_output) = make_pads("right", 200, device), make_inputs(device)
+    table = torch.randn(4, 32, device=device)
+    mask = explicit_mask(pads, window=60)
+
+    def attend(way, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        def score_mod(score, b, h, q_idx, kv_idx):
+            return score + table[h, (q_idx - kv_idx).clamp(0, 31)]
+
+        return way(query, key, value, score_mod=score_mod)
+
+    exact = partial(attend, lambda *x, **mod: exact_attention(*x, mask, **mod))
+    plain = partial(attend, lambda *x, **mod: written_out(*x, mask, **mod)[0])
+    ours = partial(attend, lambda *x, **mod: causal_padded_attention(*x, pads, window=60, **mod))
+    inputs = [*inputs, table]
+    truth = with_gradients(exact, [x.double() for x in inputs], grad_output.double())
+    assert_as_exact(
+        with_gradients(ours, inputs, grad_output), with_gradients(plain, inputs, grad_output), truth
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_len", [200, 3])
+def test_log_sum_exp(device: str, dtype: torch.dtype, q_len: int) -> None:
+    """Values, and gradients of a loss of both results."""
+    pads = make_pads("right", 200, device)
+    pads[:, -3:] = pads[0, -3:]  # the last queries are padding in no row, or in all
+    (inputs, grad_output), grad_lse = (
+        make_inputs(device, dtype, lengths=(q_len, 200)),
+        torch.randn(3, 4, q_len),
+    )
+    mask = explicit_mask(pads, q_len, window=90)
+    grad_lse = grad_lse.to(device).masked_fill(~mask.any(-1)[:, None], 0.0)
+
+    def both(attention, *inputs: Tensor) -> Tensor:
+        output, lse = attention(*inputs)
+        return torch.cat(
+            [output, lse.unsqueeze(-1).masked_fill(lse.unsqueeze(-1).isneginf(), 0).to(output.dtype)], -1
+        )
+
+    def ours(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        output, lse = causal_padded_attention(*inputs, pads, window=90, return_lse=True)
+        assert lse.shape == (3, 4, q_len) and lse.dtype == torch.float32
+        assert torch.equal(lse.isneginf(), ~mask.any(-1)[:, None].expand_as(lse))
+        torch.testing.assert_close(output, causal_padded_attention(*inputs, pads, window=90))
+        return output, lse
+
+    grad = torch.cat([grad_output, grad_lse.unsqueeze(-1).to(dtype)], -1) if q_len == 200 else None
+    results = with_gradients(partial(both, ours), inputs, grad)
+    plain = with_gradients(partial(both, lambda *x: written_out(*x, mask)), inputs, grad)
+    wide = [x.double() for x in inputs]
+    exact = with_gradients(
+        partial(both, lambda *x: written_out(*x, mask)), wide, None if grad is None else grad.double()
+    )
+    assert_as_exact(results, plain, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -200,7 +348,9 @@ def test_decoding_gives_the_rows_of_one_pass(device: str, padding: str) -> None:
     key_cache, value_cache = (torch.cat([x, torch.zeros_like(x[:, :, :room])], 2) for x in (key, value))
     for i in range(length):
         step = slice(i, i + 1)
-        grown = causal_padded_attention(query[:, :, step], key[:, :, : i + 1], value[:, :, : i + 1], pads[:, : i + 1])
+        grown = causal_padded_attention(
+            query[:, :, step], key[:, :, : i + 1], value[:, :, : i + 1], pads[:, : i + 1]
+        )
         torch.testing.assert_close(grown, whole[:, :, step], rtol=1e-5, atol=1e-5)
         position = torch.tensor(i, device=device) if i % 2 else i
         block_mask = create_causal_padding_block_mask(cache_pads, 1, q_offset=position)
@@ -267,7 +417,9 @@ def test_autocast(device: str) -> None:
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
-            return causal_padded_attention(query, key, value.bfloat16(), pads)  # mixed, as after rotary embeddings
+            return causal_padded_attention(
+                query, key, value.bfloat16(), pads
+            )  # mixed, as after rotary embeddings
 
     results = with_gradients(attend, inputs, grad_output.bfloat16())
     assert results[0].dtype == torch.bfloat16 and results[1].dtype == torch.float32
@@ -318,7 +470,9 @@ class Layer(torch.nn.Module):
     def forward(self, x: Tensor, pads: Tensor, block_mask=None) -> Tensor:  # (B, S, 128)
         query, key, value = self.qkv(x).split([128, 64, 64], dim=-1)
         query, key, value = (y.unflatten(-1, (-1, 32)).transpose(1, 2) for y in (query, key, value))
-        y = causal_padded_attention(query, key, value, pads, block_mask=block_mask, safe_padding=self.safe_padding)
+        y = causal_padded_attention(
+            query, key, value, pads, block_mask=block_mask, safe_padding=self.safe_padding
+        )
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -358,7 +512,9 @@ def test_a_stream_of_shapes_compiles_three_times_at_most(compilations: Callable[
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_decoding_into_a_preallocated_cache_compiles_once(as_tensor: bool, compilations: Callable[[], int]) -> None:
+def test_decoding_into_a_preallocated_cache_compiles_once(
+    as_tensor: bool, compilations: Callable[[], int]
+) -> None:
     (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, 512))
     for i in range(32):
         pads = torch.arange(512, device="cuda").expand(3, 512) > i
@@ -378,17 +534,46 @@ def test_a_growing_cache_compiles_three_times_at_most(compilations: Callable[[],
     assert 1 <= compilations() <= 3
 
 
-def test_more_kinds_of_input_than_torch_compiles_left_to_itself(
-    compilations: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 8)
-    for cached in (_compiled_flex_attention, _raise_recompile_limit):
-        cached.cache_clear()
-    for size in range(16, 16 + 12):
-        (query, key, value), _ = make_inputs("cpu", lengths=(8, 8), sizes=(size, size))
+@pytest.mark.cuda
+def test_more_kinds_of_input_than_torch_compiles_left_to_itself(compilations: Callable[[], int]) -> None:
+    for size in range(16, 16 + 12 * 8, 8):
+        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(8, 8), sizes=(size, size))
         with torch.no_grad():
-            causal_padded_attention(query, key, value, make_pads("right", 8, "cpu"))
+            causal_padded_attention(query, key, value, make_pads("right", 8, "cuda"))
     assert compilations() == 12
+
+
+@pytest.mark.cuda
+def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
+    """Uncompiled, it would take memory for every score."""
+    (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(4096, 4096))
+    pads = make_pads("right", 4096, "cuda")
+
+    def unusable(score, b, h, q_idx, kv_idx):
+        return score if score > 0 else -score  # which no compiler can follow
+
+    def failing() -> list[Callable[[], object]]:
+        attend = partial(causal_padded_attention, pads=pads)
+        return [
+            lambda: torch.func.grad(lambda q: attend(q, key, value).float().sum())(query),
+            lambda: torch.func.vmap(lambda q: attend(q, key, value))(query[None]),
+            lambda: attend(query, key, value, score_mod=unusable),
+            lambda: attend(query, key, value, score_mod=lambda score, b, h, q_idx, kv_idx: 1 / 0),
+        ]
+
+    for fail in failing():
+        with contextlib.suppress(Exception):  # what it says is torch's, or it is right
+            fail()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            output = causal_padded_attention(query, key, value, pads)
+        taken = torch.cuda.max_memory_allocated() - before
+        assert taken < 4 * query.numel() * query.element_size() + 2**24  # the scores: 3 * 4 * 4096 ** 2
+        torch.testing.assert_close(
+            output[2], sdpa_reference(query, key, value, pads)[2], rtol=2e-2, atol=2e-2
+        )
 
 
 @pytest.mark.cuda
@@ -444,7 +629,9 @@ def test_flash_in_a_compiled_model() -> None:
         return causal_padded_attention(*(x * 2 for x in inputs), pads) + 1
 
     compiled = torch.compile(model, fullgraph=True)
-    for result, expected in zip(*(with_gradients(way, inputs, grad_output) for way in (compiled, model)), strict=True):
+    for result, expected in zip(
+        *(with_gradients(way, inputs, grad_output) for way in (compiled, model)), strict=True
+    ):
         torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -459,11 +646,13 @@ def test_flash_in_a_compiled_model() -> None:
         ({"BLOCK_SIZE": 256}, False),
         ({"deterministic": True}, False),
         ({"installed": False}, False),
+        ({"mod": soft_cap}, False),
+        ({"lse": True}, False),
     ],
 )
 def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     installed, deterministic = change.pop("installed", True), change.pop("deterministic", False)
-    BLOCK_SIZE = change.pop("BLOCK_SIZE", 128)
+    BLOCK_SIZE, mod, lse = change.pop("BLOCK_SIZE", 128), change.pop("mod", None), change.pop("lse", False)
     monkeypatch.setattr(causal_padded_flexattn, "_FLASH_FROM", 3 * 4 * 512 * 512 * 64)
     monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
@@ -472,33 +661,37 @@ def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.Mo
     pads = torch.zeros(3, key.shape[2], dtype=torch.bool)
     block_mask = create_causal_padding_block_mask(pads, query.shape[2], BLOCK_SIZE=BLOCK_SIZE)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
-    assert _is_faster_with_flash(query, key, value, block_mask) == flash
+    faster = _is_faster_with_flash(query, key, block_mask)
+    assert (faster and _flash_obstacle(query, key, value, mod, lse) is None) == flash
 
 
 @pytest.mark.cuda
-def test_flash_says_what_it_needs() -> None:
-    pads = make_pads("right", 8, "cuda")
-    inputs, _ = make_inputs("cuda", lengths=(8, 8))
-    needs = (
-        r"needs float16 or bfloat16; got torch.float32"
-        if causal_padded_flexattn._HAS_FLASH
-        else r"needs the package flash-attn-4: pip"
-    )
-    with pytest.raises(ValueError, match=f'backend="flash" {needs}'):
-        causal_padded_attention(*inputs, pads, backend="flash")
+@pytest.mark.usefixtures("_flash_for_all_sizes")
+def test_flash_with_window_and_documents() -> None:
+    for length in (300, 384):
+        for padding in ("right", "left", "holes"):
+            pads = make_pads(padding, length, "cuda")
+            for seen in (
+                {"window": 100},
+                {"documents": make_documents(pads), "window": 150, "causal": False},
+            ):
+                inputs = make_inputs("cuda", torch.bfloat16, lengths=(length, length))
+                check(*inputs, pads, backend="flash", seen=seen)
 
 
 @pytest.mark.parametrize(
     ("change", "needs"),
     [
-        ({"installed": False}, "the package flash-attn-4: pip install --pre flash-attn-4"),
-        ({"capability": (8, 0)}, "a Hopper or Blackwell card"),
-        ({"device": "cpu"}, "a Hopper or Blackwell card; query is on cpu"),
-        ({"dtype": torch.float32}, "float16 or bfloat16; got torch.float32"),
-        ({"sizes": (36, 64)}, "head sizes that are multiples of 8 up to 256; got 36 and 64"),
-        ({"sizes": (64, 512)}, "head sizes that are multiples of 8 up to 256; got 64 and 512"),
-        ({"sizes": (256, 256), "capability": (10, 0)}, "head sizes that are multiples of 8 up to 128"),
-        ({"lengths": (4, 8)}, "as many queries as keys; got 4 and 8"),
+        ({"installed": False}, r"the package flash-attn-4 \(pip install --pre flash-attn-4\)"),
+        ({"capability": (8, 0)}, "a Hopper card"),
+        ({"capability": (10, 0)}, "a Hopper card"),
+        ({"device": "cpu"}, "a Hopper card"),
+        ({"dtype": torch.float32}, "float16 or bfloat16"),
+        ({"sizes": (36, 64)}, "head sizes that are multiples of 8 up to 128"),
+        ({"sizes": (64, 192)}, "head sizes that are multiples of 8 up to 128"),
+        ({"lengths": (4, 8)}, "as many queries as keys"),
+        ({"mods": {"score_mod": soft_cap}}, "neither score_mod nor return_lse"),
+        ({"mods": {"return_lse": True}}, "neither score_mod nor return_lse"),
         ({}, None),
     ],
 )
@@ -506,36 +699,24 @@ def test_what_flash_needs(change: dict, needs: str | None, monkeypatch: pytest.M
     installed, capability = change.pop("installed", True), change.pop("capability", (9, 0))
     monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    on_cuda = change.pop("device", "cuda") == "cuda"
+    on_cuda, mods = change.pop("device", "cuda") == "cuda", change.pop("mods", {})
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: on_cuda))
     inputs, _ = make_inputs("cpu", **{"dtype": torch.bfloat16, "lengths": (8, 8), **change})
-    obstacle = _flash_obstacle(*inputs)
-    assert obstacle is None if needs is None else obstacle.startswith(f"needs {needs}")
+    if needs is None:
+        assert _flash_obstacle(*inputs, None, False) is None
+    else:
+        with pytest.raises(ValueError, match=f'backend="flash" needs {needs}.*: pass "auto"; got query'):
+            causal_padded_attention(*inputs, torch.zeros(3, 8, dtype=torch.bool), backend="flash", **mods)
 
 
-@pytest.mark.parametrize(
-    ("installed", "obstacle"), [(False, "the package flash-attn-4"), (True, "a Hopper or Blackwell card")]
-)
-def test_a_compiled_model_may_ask_what_flash_needs(
-    installed: bool, obstacle: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_compiled_model_may_ask_what_flash_needs(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     inputs, _ = make_inputs("cpu", lengths=(8, 8))
-    ask = torch.compile(lambda *x: (x[0] + 1, _flash_obstacle(*x)), fullgraph=True, backend="eager")
-    assert ask(*inputs)[1].startswith(f"needs {obstacle}")
-
-
-@pytest.mark.parametrize(
-    ("package", "there"), [(None, False), ("version 2", False), ("version 4", True), ("version 4, no cutlass", False)]
-)
-def test_is_flash_installed(package: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "flash_attn" / ("cute" if package and "4" in package else "other")).mkdir(parents=True)
-    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError")  # it is not imported
-    if package == "version 4":
-        (tmp_path / "cutlass.py").touch()
-    monkeypatch.setattr("sys.path", [str(tmp_path)] if package else [])
-    importlib.invalidate_caches()
-    assert _has_flash() == there
+    ask = torch.compile(
+        lambda *x: (x[0] + 1, _flash_obstacle(*x, None, False)), fullgraph=True, backend="eager"
+    )
+    assert ask(*inputs)[1] == _flash_obstacle(*inputs, None, False)
 
 
 def _zeros(*shape: int, **kwargs) -> Tensor:
@@ -545,56 +726,134 @@ def _zeros(*shape: int, **kwargs) -> Tensor:
 _mask = create_causal_padding_block_mask
 
 
+PADS = _zeros(3, 8, dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pads": _zeros(3, 8, dtype=torch.int64)}, TypeError, "got torch.int64.*pass attention_mask == 0"),
-        ({"pads": _zeros(8, dtype=torch.bool)}, ValueError, r"pads must be \(batch_size, max_seq_len\).*got \(8,\)"),
-        ({"pads": _zeros(2, 8, dtype=torch.bool)}, ValueError, r"pads must have one flag for each key.*pads \(2, 8\)"),
-        ({"pads": _zeros(3, 9, dtype=torch.bool)}, ValueError, r"pads must have one flag for each key.*pads \(3, 9\)"),
-        ({"pads": _zeros(3, 8, dtype=torch.bool, device="meta")}, ValueError, "query is on cpu, pads on meta: move"),
-        ({"pads": _zeros(0, 8, dtype=torch.bool)}, ValueError, "neither of them 0"),
-        ({"key": _zeros(2, 2, 8, 16)}, ValueError, r"key and value must agree in batch.*key \(2, 2, 8, 16\)"),
-        ({"query": _zeros(2, 4, 8, 16)}, ValueError, r"query and key must agree in batch.*query \(2, 4, 8, 16\)"),
-        ({"key": _zeros(3, 2, 8, 16).half()}, TypeError, "must share a dtype; got torch.float32, key torch.float16"),
-        ({"value": _zeros(3, 2, 8, 16).double()}, TypeError, "share a dtype; got torch.float32, value torch.float64"),
-        ({"value": _zeros(3, 2, 8, 16, device="meta")}, ValueError, "value is on meta, pads on cpu"),
-        ({"key": _zeros(3, 2, 8, 32)}, ValueError, r"query and key must agree in batch and head size"),
-        ({"value": _zeros(3, 2, 9, 16)}, ValueError, r"key and value must agree in batch, heads and length"),
-        ({"value": _zeros(3, 4, 8, 16)}, ValueError, r"key and value must agree in batch, heads and length"),
-        ({"query": _zeros(3, 5, 8, 16)}, ValueError, r"heads of query must be a multiple.*query \(3, 5, 8, 16\)"),
+        ({"pads": None}, TypeError, "pads must be a plain tensor.*NoneType"),
         (
-            {"query": _zeros(3, 8, 16)},
-            ValueError,
-            r"query must be \(batch, heads, length, head size\).*got \(3, 8, 16\)",
+            {"pads": _zeros(3, 8, dtype=torch.int64)},
+            TypeError,
+            "pads must be torch.bool.*attention_mask == 0.*int64",
         ),
-        ({"key": _zeros(3, 8, 16)}, ValueError, r"key must be \(batch, heads, length, head size\)"),
-        ({"query": _zeros(3, 4, 0, 16)}, ValueError, r"none of them 0; got \(3, 4, 0, 16\)"),
-        ({"query": _zeros(0, 4, 8, 16)}, ValueError, r"none of them 0; got \(0, 4, 8, 16\)"),
-        ({"query": _zeros(3, 4, 9, 16)}, ValueError, "query must not be longer than key"),
+        ({"pads": _zeros(8, dtype=torch.bool)}, ValueError, r"pads must be \(B, S\).*got pads \(8, "),
+        (
+            {"pads": PADS[:2]},
+            ValueError,
+            r"pads must be \(B, S\), not 0, and agree with the others.*pads \(2, 8, ",
+        ),
+        ({"pads": _zeros(3, 9, dtype=torch.bool)}, ValueError, r"pads must be \(B, S\).*pads \(3, 9, "),
+        ({"pads": PADS.to("meta")}, ValueError, "query must be on the device of pads.*'cpu'.*'meta'"),
+        ({"pads": PADS[:0]}, ValueError, "pads must be.*not 0"),
+        ({"key": _zeros(2, 2, 8, 16)}, ValueError, r"key must be \(B, Hkv, S, E\).*key \(2, 2, 8, 16, "),
+        ({"query": _zeros(2, 4, 8, 16)}, ValueError, r"key must be.*agree.*query \(2, 4, 8, 16, "),
+        (
+            {"key": _zeros(3, 2, 8, 16).half()},
+            TypeError,
+            "key must be of one dtype with query: cast it.*float16",
+        ),
+        (
+            {"value": _zeros(3, 2, 8, 16).double()},
+            TypeError,
+            "value must be of one dtype with query.*float64",
+        ),
+        ({"value": _zeros(3, 2, 8, 16, device="meta")}, ValueError, "value must be on the device of pads"),
+        ({"key": _zeros(3, 2, 8, 32)}, ValueError, r"key must be \(B, Hkv, S, E\).*agree"),
+        ({"value": _zeros(3, 2, 9, 16)}, ValueError, r"value must be \(B, Hkv, S, Ev\).*agree"),
+        ({"value": _zeros(3, 4, 8, 16)}, ValueError, r"value must be \(B, Hkv, S, Ev\).*agree"),
+        (
+            {"query": _zeros(3, 5, 8, 16)},
+            ValueError,
+            r"heads of query must be a multiple.*query \(3, 5, 8, 16, ",
+        ),
+        ({"query": _zeros(3, 8, 16)}, ValueError, r"query must be \(B, Hq, L, E\).*query \(3, 8, 16, "),
+        ({"key": _zeros(3, 8, 16)}, ValueError, r"key must be \(B, Hkv, S, E\)"),
+        ({"query": _zeros(3, 4, 0, 16)}, ValueError, r"query must be \(B, Hq, L, E\), not 0"),
+        ({"query": _zeros(0, 4, 8, 16)}, ValueError, "query must be.*not 0"),
+        (
+            {name: _zeros(3, 8, heads, 16) for name, heads in (("query", 4), ("key", 2), ("value", 2))},
+            ValueError,
+            r"heads must stand before the length: pass x.transpose\(1, 2\)",
+        ),
+        ({"query": _zeros(3, 4, 9, 16)}, ValueError, "the queries must lie among the keys.*q_len 9"),
+        (
+            {"query": _zeros(3, 4, 5, 16), "causal": False},
+            ValueError,
+            "without causality, q_offset or query_pads must say",
+        ),
         (
             {"block_mask": _mask(_zeros(3, 9, dtype=torch.bool))},
             ValueError,
-            r"block_mask must fit: build it.*block_mask \(3, 1, 9, 9\)",
+            r"block_mask must fit.*\(3, 1, 9, 9, ",
         ),
         (
-            {"block_mask": _mask(_zeros(3, 8, dtype=torch.bool), 4)},
+            {"block_mask": _mask(PADS, 4)},
             ValueError,
-            r"block_mask must fit: build it.*block_mask \(3, 1, 4, 8\)",
+            r"block_mask must fit: make it.*block_mask \(3, 1, 4, 8, ",
         ),
         (
-            {"block_mask": _mask(_zeros(2, 8, dtype=torch.bool))},
+            {"block_mask": _mask(PADS[:2])},
             ValueError,
-            r"block_mask must fit: build it.*block_mask \(2, 1, 8, 8\)",
+            r"block_mask must fit: make it.*block_mask \(2, 1, 8, 8, ",
+        ),
+        (
+            {"block_mask": _mask(PADS[:1])},
+            ValueError,
+            r"block_mask must fit: make it.*block_mask \(1, 1, 8, 8, ",
         ),
         (
             {"block_mask": create_block_mask(causal, 3, 3, 8, 8, "cpu")},
             ValueError,
-            r"block_mask must fit: build it.*block_mask \(3, 3, 8, 8\)",
+            r"block_mask must fit.*\(3, 3, 8, 8, ",
         ),
-        ({"backend": "cuda"}, ValueError, 'backend must be "auto", "triton" or "flash"; got \'cuda\''),
+        ({"block_mask": _mask(PADS).to("meta")}, ValueError, "block_mask must fit.*type='meta'"),
+        ({"block_mask": _mask(PADS)[:3]}, ValueError, "block_mask is a slice.*of a slice of pads"),
+        ({"block_mask": _zeros(3, 1, 8, 8)}, TypeError, "block_mask must be a BlockMask; got.*Tensor"),
+        (
+            {"block_mask": _mask(PADS), "window": 3},
+            ValueError,
+            "window and documents must be in the block_mask",
+        ),
+        (
+            {"block_mask": _mask(PADS), "documents": _zeros(3, 8)},
+            ValueError,
+            "window and documents must be in the",
+        ),
+        ({"score_mod": 3.0}, TypeError, "score_mod is a function.*got score_mod 3.0"),
+        (
+            {"score_mod": lambda s, b, h, q, k: s.sum(-1, keepdim=True)},
+            ValueError,
+            "score_mod must give a score for each",
+        ),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            'backend must be "auto", "triton" or "flash"; got backend \'cuda\'',
+        ),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"documents": _zeros(3, 8)}, TypeError, "documents must be integers.*float32"),
     ],
 )
 def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         causal_padded_attention(**_bad(change))
+
+
+@pytest.mark.cuda
+def test_small_heads_on_cuda() -> None:
+    inputs, _ = make_inputs("cuda", lengths=(8, 8), sizes=(16, 8))
+    with pytest.raises(ValueError, match="on CUDA, head sizes must be 16 at least"):
+        causal_padded_attention(*inputs, PADS.cuda())
+
+
+class NamedLikeADTensor(Tensor):
+    def to_local(self) -> Tensor:
+        return self
+
+
+def test_a_dtensor() -> None:
+    query = _zeros(3, 4, 8, 16).as_subclass(NamedLikeADTensor)
+    with pytest.raises(TypeError, match=r"query must be a plain tensor .x.to_local.."):
+        causal_padded_attention(**_bad({"query": query}))

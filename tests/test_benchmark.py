@@ -1,45 +1,81 @@
-"""The benchmark's own arithmetic, and a run of it at a tiny size."""
+"""The benchmarks' own arithmetic, and runs of them at tiny sizes."""
 
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import benchmark
+import attention
+import block_mask
+import common
+import models
 import pytest
+import report
 import sequence_parallel
 import torch
 from conftest import exact_attention, explicit_mask, with_gradients
+from PIL import Image
 
 
-def run(*arguments: str, folder: Path) -> str:
-    command = [sys.executable, benchmark.__file__, *arguments, "--results", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def run(script: object, *arguments: str, folder: Path) -> None:
+    command = [sys.executable, script.__file__, *arguments, "--results", str(folder)]
+    subprocess.run(command, capture_output=True, check=True)
 
 
-CASES = benchmark.cases(["3x40", "1x40"], [16], ["4/4", "4/2"], [0, 40, 75], ["right", "left"])
+RIGHT = common.Case(3, 40, 16, 4, 4, 40, "right")
+CASES = [
+    RIGHT,
+    replace(RIGHT, padding=0),
+    replace(RIGHT, kv_heads=2, padding=75, side="left"),
+    replace(RIGHT, batch_size=1),
+    replace(RIGHT, window=7),
+    replace(RIGHT, kv_heads=1, documents=3),
+    replace(RIGHT, side="left", window=9, documents=2),
+]
 
 
-def test_every_combination_is_a_case_and_no_padding_has_no_side() -> None:
-    assert len(CASES) == len(set(CASES)) == 2 * 2 * (1 + 2 * 2)
-    assert str(CASES[0]) == "B3 S40 H4 D16, no padding"
-    assert str(CASES[-1]) == "B1 S40 H4/2 D16, 75 % left padding"
+def seen_by(batch: common.Batch) -> torch.Tensor:
+    documents = batch.documents if batch.case.documents > 1 else None
+    return explicit_mask(batch.pads, window=batch.case.window, documents=documents)
+
+
+def test_a_case_says_what_it_is() -> None:
+    names = [str(case) for case in CASES]
+    assert len(set(names)) == len(CASES)
+    assert names[0] == "B3 S40 H4 D16, 40 % right padding"
+    assert names[2] == "B3 S40 H4/2 D16, 75 % left padding"
+    assert names[6] == "B3 S40 H4 D16, 40 % left padding, window 9, 2 documents a row"
+    old = {
+        "batch_size": 3,
+        "kv_len": 40,
+        "head_dim": 16,
+        "heads": 4,
+        "kv_heads": 4,
+        "padding": 40,
+        "side": "right",
+    }
+    assert common.Case.of(old) == RIGHT
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_case(case: benchmark.Case) -> None:
-    batch = benchmark.Batch(case, "cpu")
+def test_a_case(case: common.Case) -> None:
+    batch = common.Batch(case, "cpu")
     assert batch.pads.float().mean().item() == pytest.approx(case.padding / 100, abs=0.01)
     assert (~batch.pads).sum(1).tolist() == case.lengths()
-    assert batch.cumulative.diff().tolist() == case.lengths()
-    scores = explicit_mask(batch.pads).sum().item()  # of each head
-    assert case.flops() == scores * case.heads * 2 * 2 * case.head_dim  # products with key and value, multiply and add
+    assert batch.cumulative.diff().tolist() == case.pieces() and sum(case.pieces()) == sum(case.lengths())
+    assert len(case.pieces()) == case.batch_size * case.documents
+    pairs = seen_by(batch).sum().item()  # of each head
+    assert case.pairs() == pairs
+    assert (
+        case.flops() == pairs * case.heads * 2 * 2 * case.head_dim
+    )  # products with key and value, multiply and add
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pack_and_unpack_undo_each_other(case: benchmark.Case) -> None:
-    batch = benchmark.Batch(case, "cpu")
+def test_pack_and_unpack_undo_each_other(case: common.Case) -> None:
+    batch = common.Batch(case, "cpu")
     x = batch.inputs[0].double().requires_grad_()
     packed = batch.pack(x)
     assert torch.equal(packed, x.transpose(1, 2)[~batch.pads])
@@ -49,9 +85,9 @@ def test_pack_and_unpack_undo_each_other(case: benchmark.Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_the_ways_are_checked_against_is_exact(case: benchmark.Case) -> None:
-    batch = benchmark.Batch(case, "cpu")
-    mask = explicit_mask(batch.pads)
+def test_what_the_ways_are_checked_against_is_exact(case: common.Case) -> None:
+    batch = common.Batch(case, "cpu")
+    mask = seen_by(batch)
     exact = with_gradients(lambda *inputs: exact_attention(*inputs, mask), batch.inputs, batch.grad_output)
     for ours, truth in zip(batch.reference(torch.float64), exact, strict=True):
         torch.testing.assert_close(ours, batch.pack(truth).double(), rtol=1e-5, atol=1e-6)
@@ -60,76 +96,137 @@ def test_what_the_ways_are_checked_against_is_exact(case: benchmark.Case) -> Non
 @pytest.mark.parametrize(
     ("way", "error", "message"),
     [
-        ("another", benchmark.NotMeasuredError, r"^wrong, error \d\.\de[+-]\d\d$"),
-        ("ours", ValueError, r"ours is wrong in B3 S40 H4 D16, 40 % right padding: error"),  # which ends the run
+        ("another", attention.NotMeasuredError, r"^wrong, error \d\.\de[+-]\d\d$"),
+        (
+            "ours",
+            ValueError,
+            r"ours is wrong in B3 S40 H4 D16, 40 % right padding: error",
+        ),  # which ends the run
     ],
 )
 def test_a_wrong_way_is_not_timed(
     way: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = benchmark.Batch(CASES[1], "cpu")
+    batch = common.Batch(RIGHT, "cpu")
 
-    def without_mask(batch: benchmark.Batch) -> benchmark.Attention:
+    def without_mask(batch: common.Batch) -> common.Attention:
         return lambda query, key, value: torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
-    monkeypatch.setitem(benchmark.WAYS, way, (without_mask, False, False))
+    monkeypatch.setitem(attention.WAYS, way, (without_mask, False, False))
     with pytest.raises(error, match=message):
-        benchmark.measure(way, batch, batch.reference(torch.float64), batch.reference(torch.float32))
+        attention.measure(way, batch, batch.reference(torch.float64), batch.reference(torch.float32))
 
 
-def test_a_run_of_a_model(tmp_path: Path) -> None:
-    run("transformers", "--device", "cpu", "--of", "sdpa", folder=tmp_path)
-    (row,) = json.loads((tmp_path / "transformers.json").read_text())["results"]
-    steps = row["steps"]
-    assert [step["round"] for step in steps] == [i // 5 for i in range(50)]
-    assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
-    assert [steps[i]["length"] for i in (20, 35)] == [2 * steps[0]["length"], 4 * steps[0]["length"]]
-    rounds = [sum(step["seconds"] for step in steps if step["round"] == i) for i in range(10)]
-    assert row["total_s"] == pytest.approx(sum(rounds))
-    table = benchmark.transformers_table(tmp_path)
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_a_run_of_a_model(kind: str, tmp_path: Path) -> None:
+    run(models, "transformers", "--device", "cpu", "--of", "sdpa", "ours", "--models", kind, folder=tmp_path)
+    ours, sdpa = (json.loads((tmp_path / "transformers.json").read_text())["results"])[::-1]
+    for row in (ours, sdpa):
+        steps = row["steps"]
+        assert [step["round"] for step in steps] == [i // 5 for i in range(50)]
+        assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
+        assert [steps[i]["length"] for i in (20, 35)] == [2 * steps[0]["length"], 4 * steps[0]["length"]]
+    assert [x["loss"] for x in ours["steps"]] == pytest.approx([x["loss"] for x in sdpa["steps"]], rel=1e-3)
+    rounds = [sum(step["seconds"] for step in sdpa["steps"] if step["round"] == i) for i in range(10)]
+    assert sdpa["total_s"] == pytest.approx(sum(rounds))
     medians = " | ".join(f"{sorted(some)[1] * 1e3:.0f} ms" for some in (rounds[1:4], rounds[4:7], rounds[7:]))
-    assert f"| sdpa | {rounds[0]:.0f} s | {medians} | 0 |" in table
+    assert f"| {kind}: sdpa | {rounds[0]:.0f} s | {medians} | 0 |" in report.transformers_table(tmp_path)
 
 
-def test_a_run(tmp_path: Path) -> None:
-    sizes = ["--sizes", "2x40", "--head-dims", "16", "--heads", "4/2", "--padding", "40", "--sides", "right"]
-    run("attention", "--device", "cpu", *sizes, folder=tmp_path)
-    result = json.loads((tmp_path / "attention.json").read_text())
-    assert [row["way"] for row in result["results"]] == list(benchmark.WAYS)
-    measured = [row for row in result["results"] if "not_measured" not in row]
-    assert [row["way"] for row in measured] == ["ours, auto", "ours, Triton", "ours, Triton, safe_padding"]
-    table = run("table", "--table", "attention", folder=tmp_path)
-    case = benchmark.cases(["2x40"], [16], ["4/2"], [40], ["right"])[0]
-    assert table.startswith(str(case)) and result["torch"] in table
+@pytest.mark.parametrize("name", attention.CASES)
+def test_a_run(name: str, tmp_path: Path) -> None:
+    run(attention, name, "--device", "cpu", "--ways", "ours", "cuDNN", folder=tmp_path)
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    rows = result["results"]
+    assert len({row["way"] for row in rows}) == 7 and len(rows) == 7 * len(attention.CASES[name])
+    measured = [row for row in rows if "not_measured" not in row]
+    assert {row["way"] for row in measured} == {"ours, auto", "ours, Triton", "ours, Triton, safe_padding"}
+    table = report.TABLES[name](tmp_path)
+    assert result["torch"] in table
     for row in measured:
         low, median, high = row["forward_ms"]
         assert 0 < low <= median <= high
-        assert f"| {row['way']} | {median:.2f} |" in table
+        assert name == "scaling" or f"{median:.2f}" in table
     assert "| SDPA, explicit mask, cuDNN | needs CUDA |" in table
-    run("plot", folder=tmp_path)
-    assert (tmp_path / "attention.png").stat().st_size > 10_000
+
+
+@pytest.mark.cuda
+def test_a_run_of_the_block_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_mask, "SIZES", [(2, 300), (1, 500)])
+    monkeypatch.setattr("sys.argv", ["block_mask.py", "--results", str(tmp_path)])
+    block_mask.main()
+    table = report.block_mask_table(tmp_path)
+    assert "| 2 x 300 | " in table and "closed form, window and documents" in table
+
+
+def test_the_plots(tmp_path: Path) -> None:
+    for name in ("attention", "scaling"):
+        (tmp_path / f"{name}.json").write_text((common.RESULTS / f"{name}.json").read_text())
+    report.plot(tmp_path)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("attention", "scaling"))
+
+
+def test_the_picture_of_the_tiles(tmp_path: Path) -> None:
+    report.tiles(tmp_path)
+    assert report.kinds_of_tiles().keys() >= {"holes", "right, window of 300", "right, three documents"}
+    expected = torch.zeros(2)  # full and partial tiles, by their definition
+    for pads, more in report.kinds_of_tiles().values():
+        allowed = explicit_mask(pads[None], **more)[0].view(16, 128, 16, 128).float().mean((1, 3))
+        expected += torch.stack(((allowed == 1).sum(), ((allowed > 0) & (allowed < 1)).sum()))
+    for path in (tmp_path / "tiles.png", common.RESULTS / "tiles.png"):
+        image = Image.open(path).convert("RGB")
+        colours: dict = {colour: count for count, colour in image.getcolors(maxcolors=2**16)}
+        assert colours[(44, 89, 133)] / colours[(253, 174, 97)] == pytest.approx(
+            (expected[0] / expected[1]).item(), rel=0.03
+        )
 
 
 def test_the_table_of_attention(tmp_path: Path) -> None:
-    sizes = {"batch_size": 1, "kv_len": 1000, "head_dim": 50, "heads": 2, "kv_heads": 1, "padding": 0, "side": "right"}
+    sizes = {
+        "batch_size": 1,
+        "kv_len": 1000,
+        "head_dim": 50,
+        "heads": 2,
+        "kv_heads": 1,
+        "padding": 0,
+        "side": "right",
+    }
     # 500 500 pairs, 4 * 2 * 50 operations for each: 0.2002 TFLOP in a second
     row = {**sizes, "way": "a way", "forward_ms": [0, 0.1, 1], "backward_ms": [0, 1.0, 2], "peak_mib": 7.4}
     row |= {"forward_host_ms": 0.333, "backward_host_ms": 0.5}
     left = {**sizes, "padding": 40, "side": "left", "way": "a way", "not_measured": "why"}
     versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01", "matmul_tflops": 10.0}
     (tmp_path / "attention.json").write_text(json.dumps({**versions, "results": [row, left]}))
-    first, all_cases = benchmark.attention_table(tmp_path).split(" 10 TFLOP/s in the same run. ")
+    first, all_cases = report.attention_table(tmp_path).split(" 10 TFLOP/s in the same run. ")
     assert first.startswith("B1 S1000 H2/1 D50, no padding\n")
     assert "| a way | 0.10 | 2 (20%) | 1.00 | 1 (5%) | 0.33 / 0.50 | 7 |" in first and "why" not in first
-    assert "| | B1 S1000 H2/1 D50, no padding | B1 S1000 H2/1 D50, 40 % left padding |\n" in all_cases
+    assert "|  | B1 S1000 H2/1 D50, no padding | B1 S1000 H2/1 D50, 40 % left padding |\n" in all_cases
     assert all_cases.endswith("| a way | 0.10 / 1.00 | why |\n\n(a card, torch 2.0, 2000-01-01)")
 
 
 def test_sequence_parallel(tmp_path: Path) -> None:
-    script = str(Path(benchmark.__file__).parent / "sequence_parallel.py")
+    script = str(Path(sequence_parallel.__file__))
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
-        command += ["--device", "cpu", "--lengths", "64", "--heads", "4/2", "--head-dim", "16", "--times", "3"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            script,
+        ]
+        command += [
+            "--device",
+            "cpu",
+            "--lengths",
+            "64",
+            "--heads",
+            "4/2",
+            "--head-dim",
+            "16",
+            "--times",
+            "3",
+        ]
         command += ["--layers", "2", "--layers-lengths", "32"]
         subprocess.run([*command, "--results", str(tmp_path)], check=True, capture_output=True)
     rows = json.loads((tmp_path / "sequence_parallel.json").read_text())["results"]
@@ -147,19 +244,24 @@ def test_sequence_parallel(tmp_path: Path) -> None:
     efficiency = rows[0]["both_ms"] / rows[1]["both_ms"] / 2
     assert re.search(rf"\| 64 \| 2 \| .* \| {efficiency:.0%} \| yes \|\n", table)
     assert f"| 32, 2 layers | 2 |  | {layers[1]:.1f} |  |  | {layers[0] / layers[1] / 2:.0%} |  |" in table
-    sequence_parallel.plot(tmp_path)
-    assert (tmp_path / "sequence_parallel.png").stat().st_size > 10_000
 
 
 def test_the_table_of_scaling(tmp_path: Path) -> None:
     def row(kv_len: int, way: str, **more: object) -> dict:
         return {"kv_len": kv_len, "way": way, **more}
 
-    short, long = ({"forward_ms": [0, n, 9], "backward_ms": [0, 2.0 * n, 9], "peak_mib": 512} for n in (1.25, 100.0))
-    rows = [row(1024, "a", **short), row(1024, "b", not_measured="why"), row(2048, "a", **long), row(2048, "b", **long)]
+    short, long = (
+        {"forward_ms": [0, n, 9], "backward_ms": [0, 2.0 * n, 9], "peak_mib": 512} for n in (1.25, 100.0)
+    )
+    rows = [
+        row(1024, "a", **short),
+        row(1024, "b", not_measured="why"),
+        row(2048, "a", **long),
+        row(2048, "b", **long),
+    ]
     versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01"}
     (tmp_path / "scaling.json").write_text(json.dumps({**versions, "results": rows}))
-    table = benchmark.scaling_table(tmp_path).splitlines()
+    table = report.scaling_table(tmp_path).splitlines()
     assert table[0] == "| ms (GiB) | 1 024 | 2 048 |"
     assert table[2:4] == ["| a | 3.8 (0.5) | 300 (0.5) |", "| b | why | 300 (0.5) |"]
 
@@ -178,18 +280,3 @@ def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     assert "| 2 048 | 1 | out of memory |" in table
     assert "| 2 048 | 2 | 1.0 | 8.0 | 2.0 (25%) | 0.5 | 100% |  |" in table
     assert "| 2 048 | 4 | 1.0 | 5.0 | 2.0 (40%) | 0.5 | 80% | no |" in table
-    assert "Computed" not in table  # without one GPU
-
-
-def test_the_estimate_of_sequence_parallel() -> None:
-    rows = [
-        {"ranks": 1, "length": 1000, "both_ms": 1.0, "exchange_ms": 7.0},
-        {"ranks": 1, "length": 2000, "both_ms": 8000.0, "exchange_ms": 7.0},
-        {"ranks": 2, "length": 2000, "both_ms": 1.0, "exchange_ms": 100.0, "peak_mib": 2048},
-    ]
-    (line, _) = sequence_parallel.estimate(rows, ranks=4, length=8000)
-    # 16 times the arithmetic on 4 GPUs; 1500 tokens sent, which was 500; twice as many of its own tokens
-    assert line.endswith(
-        "4 GPUs and 8 000 tokens, forward and backward: 32.00 s of arithmetic, 300 ms of exchange, 4 GiB a GPU."
-    )
-    assert not sequence_parallel.estimate([*rows, rows[2] | {"ranks": 4, "length": 8000}], ranks=4, length=8000)

@@ -1,13 +1,17 @@
 """The block mask in closed form is the one that create_block_mask finds by evaluating every score."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import DEVICES, explicit_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, noop_mask
 
 from causal_padded_flexattn import (
+    _opaque_fill,
     _opaque_list_tiles,
     causal,
     create_causal_padding_block_mask,
@@ -21,7 +25,10 @@ def assert_same_block_mask(ours: BlockMask, theirs: BlockMask) -> None:
     assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for name in LISTS:
         counts, indices = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
-        their_counts, their_indices = getattr(theirs, f"{name}_num_blocks"), getattr(theirs, f"{name}_indices")
+        their_counts, their_indices = (
+            getattr(theirs, f"{name}_num_blocks"),
+            getattr(theirs, f"{name}_indices"),
+        )
         for x, y in ((counts, their_counts), (indices, their_indices)):
             assert x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
             assert x.is_contiguous(), f"{name}: the kernels for the backward pass need contiguous lists"
@@ -31,57 +38,85 @@ def assert_same_block_mask(ours: BlockMask, theirs: BlockMask) -> None:
         assert ((indices >= 0) & (indices < indices.shape[-1])).all(), f"{name}: an index out of range"
 
 
-def textbook(pads, q_len, q_offset, is_causal, block_size) -> BlockMask:
-    """By create_block_mask, from a mask_mod that looks the mask up in the one written out."""
-    mask = explicit_mask(pads, q_len, q_offset, is_causal)
+def textbook(mask: Tensor, block_size: int | tuple[int, int] = 128) -> BlockMask:
+    """By create_block_mask, from a mask_mod that looks the mask up in the one written out, (B, L, S)."""
     return create_block_mask(
         lambda b, h, q_idx, kv_idx: mask[b, q_idx, kv_idx],
-        *(pads.shape[0], None, mask.shape[1], pads.shape[1]),
-        device=pads.device,
+        *(mask.shape[0], None, *mask.shape[1:]),
+        device=mask.device,
         BLOCK_SIZE=block_size,
     )
 
 
 @st.composite
+def rows_of_padding(draw, length: int) -> list[bool]:
+    kind = draw(st.sampled_from(["right", "left", "empty", "none", "bits", "runs"]))
+    edge = draw(st.integers(0, length))
+    if kind == "right":
+        return [i >= edge for i in range(length)]
+    if kind == "left":
+        return [i < edge for i in range(length)]
+    if kind == "bits":
+        return [bit % 2 == 1 for bit in draw(st.binary(min_size=length, max_size=length))]
+    if kind == "runs":  # whole blocks of padding and of tokens, and their edges
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=8)))
+        return [sum(cut <= i for cut in cuts) % 2 == 1 for i in range(length)]
+    return [kind == "empty"] * length
+
+
+@st.composite
+def documents_of(draw, row: list[bool]) -> list[int]:
+    """Numbers that never fall along the real tokens, and any at all where padding is."""
+    begins = sorted(draw(st.lists(st.integers(0, len(row)), max_size=8)))
+    step, noise = draw(st.integers(1, 50)), draw(st.sampled_from([[0], [-100, 100], [7, -(2**40), 3]]))
+    return [
+        noise[i % len(noise)] if pad else step * sum(cut <= i for cut in begins) - 60
+        for i, pad in enumerate(row)
+    ]
+
+
+@st.composite
 def problems(draw):
+    """pads, and what else the block mask is made of."""
     batch_size, kv_len = draw(st.integers(1, 4)), draw(st.integers(1, 700))
-    rows = []
-    for _ in range(batch_size):
-        kind = draw(st.sampled_from(["right", "left", "empty", "none", "bits", "runs"]))
-        length = draw(st.integers(0, kv_len))
-        if kind == "right":
-            row = [i >= length for i in range(kv_len)]
-        elif kind == "left":
-            row = [i < length for i in range(kv_len)]
-        elif kind == "bits":
-            bits = draw(st.binary(min_size=kv_len, max_size=kv_len))
-            row = [bit % 2 == 1 for bit in bits]
-        elif kind == "runs":  # whole blocks of padding and of tokens, and their edges
-            cuts = sorted(draw(st.lists(st.integers(0, kv_len), max_size=8)))
-            row = [sum(cut <= i for cut in cuts) % 2 == 1 for i in range(kv_len)]
-        else:
-            row = [kind == "empty"] * kv_len
-        rows.append(row)
-    q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
-    q_offset = draw(st.integers(0, kv_len - q_len))
-    block_size = draw(st.sampled_from([64, 128, (64, 128), (256, 128)]))
+    rows = [draw(rows_of_padding(kv_len)) for _ in range(batch_size)]
     pads = torch.tensor(rows)
     if draw(st.booleans()):  # a view of wider rows
         pads = torch.nn.functional.pad(pads, (1, 2), value=True)[:, 1:-2]
-    return pads, q_len, q_offset, draw(st.booleans()), block_size
+    causal = draw(st.booleans())
+    if not causal and draw(st.integers(0, 3)) == 0:
+        q_len = draw(st.integers(1, 500))
+        query_pads = torch.tensor([draw(rows_of_padding(q_len)) for _ in range(batch_size)])
+        return pads, {"causal": False, "query_pads": query_pads}
+    q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
+    problem = {"q_len": q_len, "q_offset": draw(st.integers(0, kv_len - q_len)), "causal": causal}
+    window = st.one_of(st.integers(1, 5), st.integers(1, kv_len + 200), st.just(2**40))
+    problem["window"] = draw(st.one_of(st.none(), window))
+    if draw(st.booleans()):
+        problem["documents"] = torch.tensor([draw(documents_of(row)) for row in rows])
+    return pads, problem
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=300, deadline=None)
-@given(problem=problems(), as_tensor=st.booleans())
-def test_same_as_create_block_mask(device: str, problem, as_tensor: bool) -> None:
-    pads, q_len, q_offset, is_causal, block_size = problem
-    pads = pads.to(device)
-    given_offset = torch.tensor(q_offset, device=device) if as_tensor else q_offset
-    ours = create_causal_padding_block_mask(pads, q_len, q_offset=given_offset, causal=is_causal, BLOCK_SIZE=block_size)
-    assert_same_block_mask(ours, textbook(pads, q_len, q_offset, is_causal, block_size))
-    mask = create_mask(ours.mask_mod, pads.shape[0], 1, q_len, pads.shape[1], device)
-    assert torch.equal(mask[:, 0], explicit_mask(pads, q_len, q_offset, is_causal))
+@given(
+    problem=problems(),
+    as_tensor=st.booleans(),
+    block_size=st.sampled_from([64, 128, (64, 128), (256, 128), (128, 32)]),
+)
+def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_size) -> None:
+    pads, seen = problem
+    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
+    given_ = seen | (
+        {"q_offset": torch.tensor(seen["q_offset"], device=device)}
+        if as_tensor and "q_offset" in seen
+        else {}
+    )
+    ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=block_size, **given_)
+    expected = explicit_mask(pads, **seen)
+    assert_same_block_mask(ours, textbook(expected, block_size))
+    mask = create_mask(ours.mask_mod, pads.shape[0], 1, *expected.shape[1:], device)
+    assert torch.equal(mask[:, 0], expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -89,11 +124,13 @@ def test_same_as_create_block_mask(device: str, problem, as_tensor: bool) -> Non
     ("q_len", "kv_len", "block_size"),
     [(2100, 2100, 16), (1016, 1016, 8), (1024, 1024, 8), (1, 32767, 1), (1, 32768, 1)],
 )
-def test_more_tiles_in_a_row_than_a_small_integer_counts(device: str, q_len: int, kv_len: int, block_size: int) -> None:
+def test_more_tiles_in_a_row_than_a_small_integer_counts(
+    device: str, q_len: int, kv_len: int, block_size: int
+) -> None:
     pads = torch.rand(2, kv_len, device=device) < 0.1
     pads[1] = False
     ours = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=block_size)
-    assert_same_block_mask(ours, textbook(pads, q_len, kv_len - q_len, True, block_size))
+    assert_same_block_mask(ours, textbook(explicit_mask(pads, q_len), block_size))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -102,7 +139,7 @@ def test_defaults(device: str) -> None:
     pads[0, 120:] = pads[1, :130] = True
     whole = create_block_mask(and_masks(causal, create_padding_mask(pads)), 2, None, 300, 300, device=device)
     assert_same_block_mask(create_causal_padding_block_mask(pads), whole)
-    last = textbook(pads, 40, 260, True, 128)
+    last = textbook(explicit_mask(pads, 40, 260))
     assert_same_block_mask(create_causal_padding_block_mask(pads, 40), last)
     assert_same_block_mask(create_causal_padding_block_mask(pads, q_offset=260), last)
 
@@ -113,8 +150,10 @@ def test_the_operator_that_hides_the_lists_from_the_compiler(device: str, q_len:
     ends = torch.randint(0, 700, (2, 3, 1, 12, 1), device=device, dtype=torch.int32).sort(0).values
     queries, keys = ends[:, :, :, : -(-q_len // 128)].flip(0), ends[:, :, :, 6:]
     numbers = torch.arange(1, 7, dtype=torch.int8, device=device)
-    torch.library.opcheck(_opaque_list_tiles, (queries, keys, numbers, False))
-    torch.library.opcheck(_opaque_list_tiles, (keys, queries, numbers, True))
+    for rows, columns in (([queries], [keys]), ([queries, queries.flip(0)], [keys, keys.flip(0)])):
+        torch.library.opcheck(_opaque_list_tiles, (rows, columns, numbers, False))
+        torch.library.opcheck(_opaque_list_tiles, (columns, rows, numbers, True))
+    torch.library.opcheck(_opaque_fill, (torch.zeros(3, q_len, dtype=torch.int32, device=device), 28, -1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,15 +191,14 @@ def test_rows_past_the_queries_may_be_asked_for() -> None:
     assert torch.equal(mask[:, 0, :10], explicit_mask(pads, 10))
 
 
-def test_no_int_is_captured() -> None:
-    # A captured int is compiled in, and every decoding step would compile again.
-    def captured(function) -> list:
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        return [x for cell in cells for x in (captured(cell) if callable(cell) else [cell])]
-
+@pytest.mark.parametrize("more", [{}, {"window": 5}, {"documents": torch.zeros(1, 300, dtype=torch.int64)}])
+def test_what_the_mask_mod_captures(more: dict) -> None:
+    """No int, which would be compiled in, for every decoding step again; and no more than the case needs."""
     pads = torch.zeros(1, 300, dtype=torch.bool)
-    contents = captured(create_causal_padding_block_mask(pads, 1, q_offset=7).mask_mod)
-    assert contents and not any(isinstance(x, int) for x in contents)
+    mask_mod = create_causal_padding_block_mask(pads, 1, q_offset=7, **more).mask_mod
+    captured = inspect.getclosurevars(mask_mod).nonlocals
+    assert all(isinstance(x, Tensor) and x.dim() == 2 for x in captured.values())
+    assert captured.keys() == {"pads", "last"} | ({"first"} if more else set())
 
 
 @pytest.mark.cuda
@@ -173,19 +211,24 @@ def test_it_does_not_wait_for_the_device() -> None:
         create_causal_padding_block_mask(pads, causal=False)
         create_causal_padding_block_mask(pads, 1, q_offset=5)
         create_causal_padding_block_mask(pads, 1, q_offset=offset)
+        for is_causal in (True, False):
+            create_causal_padding_block_mask(pads, causal=is_causal, window=100, documents=pads.int())
+        create_causal_padding_block_mask(pads, causal=False, query_pads=pads[:, :50])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("batch_size", "kv_len", "mib"), [(8, 32768, 20), (8, 131072, 200)])
-def test_memory(batch_size: int, kv_len: int, mib: int) -> None:
+@pytest.mark.parametrize(("batch_size", "kv_len", "mib"), [(8, 32768, 20), (8, 131072, 220)])
+@pytest.mark.parametrize("more", [{}, {"window": 1000}])
+def test_memory(batch_size: int, kv_len: int, mib: int, more: dict) -> None:
     pads = (
-        torch.arange(kv_len, device="cuda") >= torch.linspace(kv_len // 4, kv_len, batch_size, device="cuda")[:, None]
+        torch.arange(kv_len, device="cuda")
+        >= torch.linspace(kv_len // 4, kv_len, batch_size, device="cuda")[:, None]
     )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    create_causal_padding_block_mask(pads)
+    create_causal_padding_block_mask(pads, **more)
     assert torch.cuda.max_memory_allocated() - before <= mib * 2**20
 
 
@@ -196,18 +239,58 @@ PADS = torch.zeros(2, 100, dtype=torch.bool)
     ("arguments", "error", "message"),
     [
         ({"pads": PADS.int()}, TypeError, r"pads must be torch.bool.*attention_mask == 0"),
-        ({"pads": PADS[0]}, ValueError, r"pads must be \(batch_size, max_seq_len\).*got \(100,\)"),
-        ({"pads": PADS[:, :0]}, ValueError, r"neither of them 0; got \(2, 0\)"),
-        ({"q_len": 0}, ValueError, "among the 100 keys.*q_len=0"),
-        ({"q_len": -1}, ValueError, "among the 100 keys.*q_len=-1"),
-        ({"q_len": 101}, ValueError, "among the 100 keys.*q_len=101"),
-        ({"q_offset": -1}, ValueError, "among the 100 keys.*q_offset=-1"),
-        ({"q_offset": 100}, ValueError, "among the 100 keys.*q_offset=100"),
-        ({"q_len": 10, "q_offset": 91}, ValueError, "among the 100 keys.*q_len=10, q_offset=91"),
+        ({"pads": None}, TypeError, "pads must be a plain tensor"),
+        ({"pads": PADS[0]}, ValueError, r"pads must be \(B, S\).*got pads \(100, "),
+        ({"pads": PADS[:, :0]}, ValueError, r"pads must be.*not 0.*\(2, 0, "),
+        ({"q_len": 0}, ValueError, "among the keys.*q_len 0"),
+        ({"q_len": -1}, ValueError, "among the keys.*q_len -1"),
+        ({"q_len": 101}, ValueError, "among the keys.*q_len 101"),
+        ({"q_offset": -1}, ValueError, "among the keys.*q_offset -1"),
+        ({"q_offset": 100}, ValueError, "among the keys.*q_offset 100"),
+        ({"q_len": 10, "q_offset": 91}, ValueError, "among the keys.*q_len 10, q_offset 91"),
         ({"q_offset": torch.tensor(5)}, ValueError, "q_len must be given beside a tensor q_offset"),
-        ({"q_len": 10, "q_offset": torch.zeros(2, dtype=int)}, TypeError, "q_offset must be an int or a 0-d integer"),
-        ({"q_len": 10, "q_offset": torch.tensor(1.0)}, TypeError, r"a 0-d integer tensor on cpu; got tensor\(1\.\)"),
-        ({"q_len": 10, "q_offset": torch.tensor(1, device="meta")}, TypeError, "a 0-d integer tensor on cpu.*meta"),
+        (
+            {"q_len": 10, "q_offset": torch.zeros(2, dtype=int)},
+            TypeError,
+            "q_offset must be an int or a 0-d integer",
+        ),
+        (
+            {"q_len": 10, "q_offset": torch.tensor(1.0)},
+            TypeError,
+            r"a 0-d integer tensor beside pads.*float32",
+        ),
+        (
+            {"q_len": 10, "q_offset": torch.tensor(1, device="meta")},
+            TypeError,
+            "a 0-d integer tensor beside pads.*meta",
+        ),
+        (
+            {"q_len": 10, "causal": False},
+            ValueError,
+            "without causality, q_offset or query_pads must say.*q_len 10",
+        ),
+        ({"BLOCK_SIZE": 0}, ValueError, "BLOCK_SIZE must be at least 1; got BLOCK_SIZE 0"),
+        ({"BLOCK_SIZE": (128, -1)}, ValueError, r"BLOCK_SIZE must be at least 1; got BLOCK_SIZE \(128, -1\)"),
+        ({"window": 0}, ValueError, "window must be at least 1.*got window 0"),
+        ({"window": -3}, ValueError, "window must be at least 1.*got window -3"),
+        ({"window": 2.0}, TypeError, "window must be an int.*got window 2.0"),
+        ({"window": True}, TypeError, "window must be an int.*got window True"),
+        ({"documents": PADS}, TypeError, "documents must be integers.*torch.bool"),
+        ({"documents": PADS.float()}, TypeError, "documents must be integers.*torch.float32"),
+        ({"documents": [0] * 100}, TypeError, "documents must be a plain tensor.*list"),
+        ({"documents": PADS.int()[:, 1:]}, ValueError, r"documents must be \(B, S\).*documents \(2, 99, "),
+        ({"documents": PADS.int().to("meta")}, ValueError, "documents must be on the device of pads.*meta"),
+        ({"query_pads": PADS.int(), "causal": False}, TypeError, "query_pads must be torch.bool.*int32"),
+        ({"query_pads": PADS[:1], "causal": False}, ValueError, r"query_pads must be \(B, L\).*\(1, 100, "),
+        ({"query_pads": PADS}, ValueError, "other tokens than keys: only causal=False.*causal True"),
+        *(
+            (
+                {"query_pads": PADS, "causal": False, **more},
+                ValueError,
+                "query_pads is of other tokens than keys",
+            )
+            for more in ({"window": 3}, {"documents": PADS.int()}, {"q_offset": 0}, {"q_len": 3})
+        ),
     ],
 )
 def test_bad_input(arguments: dict, error: type[Exception], message: str) -> None:

@@ -36,7 +36,8 @@ class Decoder(nn.Module):
         self.tokens, self.places = nn.Embedding(VOCABULARY, 64), nn.Embedding(200, 64)
         self.attention = nn.ModuleList(attention(64, 4) for _ in range(2))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+            for _ in range(2)
         )
         self.norm = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
         self.head = nn.Linear(64, VOCABULARY)

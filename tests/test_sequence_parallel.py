@@ -50,6 +50,15 @@ def attend(rank: int, store: str, device: str) -> None:
     torch.manual_seed(0)
     for heads, causal in (((4, 4), True), ((4, 2), False), ((4, 1), True)):
         compare(rank, mesh, device, heads, causal)
+    inputs, pads = (
+        torch.randn(3, 2, 4, 200, 32).to(device),
+        (torch.arange(200) >= 150).expand(2, -1).to(device),
+    )
+    whole = causal_padded_attention(*inputs, pads, window=50, return_lse=True)
+    parts = [x.chunk(RANKS, dim=2)[rank] for x in inputs]
+    ours = sequence_parallel_attention(*parts, pads, mesh, window=50, return_lse=True)
+    for result, truth in zip(ours, whole, strict=True):
+        torch.testing.assert_close(result, truth.chunk(RANKS, dim=2)[rank], rtol=1e-5, atol=1e-5)
     dist.destroy_process_group()
 
 
@@ -69,11 +78,16 @@ class Mesh:
 @pytest.mark.parametrize(
     ("mesh", "heads", "length", "message"),
     [
-        (Mesh(2, 2), (4, 4), 10, "mesh must have one dimension; got 2"),
-        (Mesh(3), (6, 6), 10, r"length of pads / 3 ranks, head size\); got \(1, 6, 10, 8\), pads \(1, 40\)"),
-        (Mesh(4), (6, 2), 10, "4 ranks must divide the heads of query.*got 6 and 2: use fewer ranks"),
-        (Mesh(4), (12, 3), 10, "4 ranks must divide the heads of query, and divide those of key.*got 12 and 3"),
-        (Mesh(4), (12, 6), 10, "got 12 and 6"),
+        (Mesh(2, 2), (4, 4), 10, "mesh must have one dimension.*got ndim 2"),
+        (Mesh(3), (6, 6), 10, r"length of pads / ranks, head size\); got query \(1, 6, 10, 8, .*ranks 3"),
+        (
+            Mesh(4),
+            (6, 2),
+            10,
+            r"ranks must divide the heads of query.*use fewer; got ranks 4, heads \(6, 2\)",
+        ),
+        (Mesh(4), (12, 3), 10, r"and divide those of key or be a multiple.*heads \(12, 3\)"),
+        (Mesh(4), (12, 6), 10, r"got ranks 4, heads \(12, 6\)"),
     ],
 )
 def test_bad_input(mesh: Mesh, heads: tuple[int, int], length: int, message: str) -> None:
@@ -83,8 +97,12 @@ def test_bad_input(mesh: Mesh, heads: tuple[int, int], length: int, message: str
 
 
 def test_every_tensor_is_this_ranks_part() -> None:
-    query, whole, pads = torch.zeros(1, 4, 10, 8), torch.zeros(1, 4, 40, 8), torch.zeros(1, 40, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"value must be this rank's part.*got \(1, 4, 40, 8\)"):
+    query, whole, pads = (
+        torch.zeros(1, 4, 10, 8),
+        torch.zeros(1, 4, 40, 8),
+        torch.zeros(1, 40, dtype=torch.bool),
+    )
+    with pytest.raises(ValueError, match=r"value must be this rank's part.*got value \(1, 4, 40, 8, "):
         sequence_parallel_attention(query, query, whole, pads, Mesh(4))
-    with pytest.raises(ValueError, match=r"query must be this rank's part.*got \(4, 10, 8\)"):
+    with pytest.raises(ValueError, match=r"query must be this rank's part.*got query \(4, 10, 8, "):
         sequence_parallel_attention(query[0], query, query, pads, Mesh(4))

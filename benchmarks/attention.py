@@ -1,0 +1,250 @@
+"""What causal attention over a padded batch costs, each way of doing it.
+
+python benchmarks/attention.py attention | scaling | window | documents      on a CUDA card
+Results go to benchmarks/results/NAME.json, with the card and the versions; benchmarks/report.py shows them.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import common
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from common import Attention, Batch, Case, Row
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from tqdm import tqdm
+
+import causal_padded_flexattn as cpf
+
+
+class NotMeasuredError(Exception):
+    """Why a way cannot be measured here, or computes something else."""
+
+
+def require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise NotMeasuredError(reason)
+
+
+def block_mask_of(batch: Batch):
+    documents = batch.documents if batch.case.documents > 1 else None
+    return cpf.create_causal_padding_block_mask(batch.pads, window=batch.case.window, documents=documents)
+
+
+def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False) -> Attention:
+    obstacle = cpf._flash_obstacle(*batch.inputs, None, False) if backend == "flash" else None
+    require(obstacle is None, f"needs {obstacle}")
+    block_mask = block_mask_of(batch)
+    if dynamic:
+        require(batch.device == "cuda", "needs CUDA")
+        compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+        options = cpf._kernel_options(*batch.inputs[:2], block_mask)
+        return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
+    options = {"pads": batch.pads, "block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
+    return partial(cpf.causal_padded_attention, **options)
+
+
+def transformers_flex(batch: Batch) -> Attention:
+    """As transformers runs it without us: its mask, compiled, and torch's own choice of kernels."""
+    require(batch.device == "cuda", "needs CUDA")
+    require(batch.case.documents == 1, "finds no documents in a padded batch")
+    from transformers import masking_utils
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    window, function = batch.case.window, masking_utils.causal_mask_function
+    function = masking_utils.sliding_window_causal_mask_function(window) if window else function
+    sizes = batch.case.batch_size, batch.case.kv_len, batch.case.kv_len, 0, 0
+    block_mask = masking_utils.flex_attention_mask(*sizes, function, ~batch.pads, device=batch.device)
+    forward = partial(flex_attention_forward, torch.nn.Module(), attention_mask=block_mask)
+    return lambda *inputs: forward(*inputs)[0].transpose(1, 2)  # padded queries see, too
+
+
+def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
+    require(batch.device == "cuda", "needs CUDA")
+    require(explicit or batch.case.side == "right", "does not mask left padding")
+    require(explicit or not (batch.case.window or batch.case.documents > 1), "knows causality alone")
+    group = batch.case.heads // batch.case.kv_heads
+    sizes = batch.case.batch_size, 1, batch.case.kv_len, batch.case.kv_len, batch.device
+    mask = create_mask(block_mask_of(batch).mask_mod, *sizes) if explicit else None
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if kernel == SDPBackend.EFFICIENT_ATTENTION:  # which knows nothing of groups
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        options = {"is_causal": not explicit, "enable_gqa": query.shape[1] != key.shape[1]}
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(query, key, value, mask, **options)
+
+    return attention
+
+
+def varlen(batch: Batch, package: str) -> Attention:
+    require(batch.device == "cuda", "needs CUDA")
+    longest, reach = max(batch.case.pieces()), (batch.case.window or 0) - 1
+    if package == "torch":
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = (batch.cumulative, batch.cumulative, longest, longest)
+        return lambda *inputs: varlen_attn(*inputs, *lengths, window_size=(reach, 0))
+    options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
+    options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
+    options |= {"window_size": (reach, 0)} if batch.case.window else {"causal": True}
+    flash = flash_attention_4()
+    return lambda *inputs: flash(*inputs, **options)[0]
+
+
+def with_lengths(batch: Batch) -> Attention:
+    """Over the padded batch as it is, each sequence up to its length; padded rows, left unwritten, zeroed."""
+    require(batch.device == "cuda", "needs CUDA")
+    require(batch.case.side == "right", "does not mask left padding")
+    require(batch.case.documents == 1, "knows one document a row")
+    flash, window = flash_attention_4(), batch.case.window
+    options = dict.fromkeys(("seqused_q", "seqused_k"), batch.cumulative.diff())
+    options |= {"window_size": (window - 1, 0)} if window else {"causal": True}
+    pads = batch.pads[:, :, None, None]  # (B, S, 1, 1)
+
+    def attention(*inputs: Tensor) -> Tensor:
+        views = [x.transpose(1, 2) for x in inputs]  # (B, S, H, D)
+        for x in views:
+            if x.requires_grad:
+                x.register_hook(lambda grad: grad.masked_fill_(pads, 0.0))
+        output = flash(*views, **options)[0]
+        output.data.masked_fill_(
+            pads, 0.0
+        )  # in place, unseen by autograd: the kernels do not read there either
+        return output.transpose(1, 2)
+
+    return attention
+
+
+def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
+    require(cpf._HAS_FLASH, "flash-attn-4 is not installed")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+cudnn = partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION)
+efficient = partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION)
+fa2, fa4 = (partial(varlen, package=package) for package in ("torch", "flash-attn-4"))
+triton = partial(ours, backend="triton")
+# How to make it of a batch, whether its inputs are packed, whether it packs them.
+WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
+    "ours, auto": (partial(ours, backend="auto"), False, False),
+    "ours, Triton": (triton, False, False),
+    "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
+    "ours, Triton, safe_padding": (partial(triton, safe_padding=True), False, False),
+    "ours, FLASH": (partial(ours, backend="flash"), False, False),
+    "flex as transformers runs it": (transformers_flex, False, False),
+    "SDPA, explicit mask, efficient": (partial(efficient, explicit=True), False, False),
+    "SDPA, explicit mask, cuDNN": (partial(cudnn, explicit=True), False, False),
+    "SDPA, is_causal, cuDNN, computes the padding": (partial(cudnn, explicit=False), False, False),
+    "FlashAttention-2 varlen (torch), padded to padded": (fa2, False, True),
+    "FlashAttention-2 varlen (torch), already packed": (fa2, True, False),
+    "FlashAttention-4 with lengths, padded rows zeroed": (with_lengths, False, False),
+    "FlashAttention-4 varlen, padded to padded": (fa4, False, True),
+    "FlashAttention-4 varlen, already packed": (fa4, True, False),
+}
+
+
+def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) -> Row:
+    make, packed, packs = WAYS[way]
+    common.compile_afresh()
+    attention = make(batch)
+    if packs:
+        inner = attention
+        attention = lambda *inputs: batch.unpack(inner(*map(batch.pack, inputs)))  # noqa: E731
+    inputs = [batch.pack(x) if packed else x for x in batch.inputs]
+    grad = batch.pack(batch.grad_output) if packed else batch.grad_output
+    errors = []
+    for result, truth, own in zip(common.differentiate(attention, inputs, grad), exact, plain, strict=True):
+        result = result if packed else batch.pack(result)
+        error, own_error = ((x - truth).norm().item() / truth.norm().item() for x in (result, own))
+        if not error <= 3 * own_error:
+            if way.startswith("ours"):
+                raise ValueError(f"{way} is wrong in {batch.case}: error {error:.1e}, SDPA's {own_error:.1e}")
+            raise NotMeasuredError(f"wrong, error {error:.1e}")
+        errors.append(error)
+    row: Row = {"error": errors[0], "gradient_error": max(errors[1:])}
+    if batch.device == "cuda":
+        row["peak_mib"] = common.peak_mib(lambda: common.differentiate(attention, inputs, grad))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        attention(*inputs)  # a graph of its own to compile
+        row["forward_ms"], row["forward_host_ms"] = common.milliseconds(
+            lambda: attention(*inputs), batch.device
+        )
+    output = attention(*inputs)
+    row["backward_ms"], row["backward_host_ms"] = common.milliseconds(
+        lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True), batch.device
+    )
+    return row
+
+
+def run(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, device: str) -> None:
+    torch._functorch.config.donated_buffer = False  # the backward pass runs again and again on one graph
+    rows, rate = list[Row](), common.matmul_tflops(device)
+    for case in tqdm(list(cases), desc=name):
+        batch = Batch(case, device)
+        exact = batch.reference(torch.float32 if device == "cuda" else torch.float64)
+        plain = batch.reference(batch.dtype)
+        for way in tqdm(ways, desc=str(case), leave=False):
+            row: Row = {**asdict(case), "way": way}
+            try:
+                row |= measure(way, batch, exact, plain)
+            except NotMeasuredError as reason:
+                row["not_measured"] = str(reason)
+            except torch.OutOfMemoryError:
+                row["not_measured"] = "out of memory"
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            rows.append(row)
+            shown = row.get("not_measured") or (row["forward_ms"], row["backward_ms"])
+            tqdm.write(f"{case}: {way}: {shown}")
+            common.save(name, rows, folder, device, matmul_tflops=rate)
+
+
+LARGE = Case(4, 16384, 128, 16, 16, 40, "right")
+SMALL = replace(LARGE, batch_size=8, kv_len=4096)
+CASES = {
+    "attention": [
+        *(LARGE, SMALL, replace(LARGE, head_dim=64), replace(SMALL, head_dim=64)),
+        *(replace(SMALL, kv_heads=4), replace(SMALL, padding=0), replace(SMALL, padding=75)),
+        replace(SMALL, side="left"),
+    ],
+    "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(10, 18)],
+    "window": [LARGE, replace(LARGE, window=1024)],
+    "documents": [replace(LARGE, padding=10, documents=8)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=CASES)
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out, on small cases"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", default=[""], help="those of this name, or whose name contains it"
+    )
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the JSON files")
+    args = parser.parse_args()
+    cases = CASES[args.what]
+    if args.device == "cpu":
+        small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
+        cases = [replace(case, **small, window=case.window and 8) for case in cases]
+    ways = [
+        way for way in WAYS if any(part == way or (part not in WAYS and part in way) for part in args.ways)
+    ]
+    run(args.what, cases, ways, args.results, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Training steps whose shapes change: attention alone, and models of transformers.
+
+python benchmarks/models.py stream | transformers      on a CUDA card
+
+Each way runs in a process of its own that starts with nothing compiled. Results go to
+benchmarks/results/NAME.json; benchmarks/report.py shows them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import RESULTS, Row, right_padding, save, synchronize
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
+from tqdm import tqdm
+
+from causal_padded_flexattn import (
+    causal,
+    causal_padded_attention,
+    create_causal_padding_block_mask,
+    create_padding_mask,
+    register_transformers,
+    transformers_block_mask,
+)
+
+STREAM = {way: way for way in ("closed form", "create_block_mask", "compiled create_block_mask")}
+BATCHES = 24  # of the stream
+MODELS = {
+    "sdpa": "sdpa",
+    "shipped": "flex_attention, as shipped",
+    "mask": "flex_attention, masks in closed form",
+    "ours": "flex_attention, after register_transformers()",
+}
+KINDS = ("llama", "mistral", "gemma3")
+SIZES_OF_MODEL = 5
+# The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
+ROUNDS = [1] * 4 + [2] * 3 + [4] * 3
+
+
+def compilations() -> int:
+    from torch._dynamo.utils import counters  # no public counter exists
+
+    return counters["stats"]["unique_graphs"]
+
+
+def stream_of(way: str) -> None:
+    """24 batches of random size, forward and backward, in this process; a line of JSON for each."""
+    create, generator = create_block_mask, torch.Generator().manual_seed(0)
+    if way.startswith("compiled"):
+        create = torch.compile(create_block_mask)
+    for _ in range(BATCHES):
+        batch_size = int(torch.randint(1, 9, (), generator=generator))
+        length = int(torch.randint(100, 4097, (), generator=generator))
+        pads = right_padding(batch_size, length, generator)
+        shape = (3, batch_size, 16, length, 64)
+        inputs = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if way == "closed form":
+            block_mask = create_causal_padding_block_mask(pads)
+        else:
+            mask_mod = and_masks(causal, create_padding_mask(pads))
+            block_mask = create(mask_mod, batch_size, None, length, length, device="cuda")
+        output = causal_padded_attention(*inputs, pads, block_mask=block_mask)
+        output.backward(torch.ones_like(output))
+        torch.cuda.synchronize()
+        step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
+        print(json.dumps({"batch_size": batch_size, "length": length, **step}), flush=True)
+
+
+def make_model(kind: str, scale: int) -> torch.nn.Module:
+    """Four layers; of Mistral all with a window of 1024, of Gemma 3 every other one."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 32000 // scale,
+        "hidden_size": 1024 // scale,
+        "intermediate_size": 2816 // scale,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64 // scale,
+    }
+    window = {"sliding_window": 1024 // scale}
+    if kind == "mistral":
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **window))
+    if kind == "gemma3":
+        layers = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        config = transformers.Gemma3TextConfig(**sizes, **window, **layers, query_pre_attn_scalar=64 // scale)
+        return transformers.Gemma3ForCausalLM(config)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
+    """Padded batches of varying size through a small model, forward and backward, again and again."""
+    from transformers import AttentionMaskInterface
+
+    if way == "mask":
+        AttentionMaskInterface.register("flex_attention", transformers_block_mask)
+    if way == "ours":
+        register_transformers()
+    scale = 1 if device == "cuda" else 32  # the CPU tries it out
+    torch.manual_seed(0)
+    model = make_model(kind, scale).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model.set_attn_implementation("sdpa" if way == "sdpa" else "flex_attention")
+    for round_, longer in enumerate(ROUNDS[:rounds]):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(SIZES_OF_MODEL):
+            batch_size = max(2, int(torch.randint(2, 9, (), generator=generator)) // longer)
+            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale * longer
+            attention_mask = (~right_padding(batch_size, length, generator, device)).long()
+            input_ids = torch.randint(32000 // scale, (batch_size, length), generator=generator).to(device)
+            labels = input_ids.masked_fill(attention_mask == 0, -100)
+            synchronize(device)
+            start = time.perf_counter()
+            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+            loss.backward()
+            synchronize(device)
+            step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
+            sizes = {"round": round_, "batch_size": batch_size, "length": length, "loss": loss.item()}
+            print(json.dumps({**sizes, **step}), flush=True)
+            model.zero_grad()
+
+
+def measure(arguments: list[str], steps: int, limit: float) -> Row:
+    """A process that starts with nothing compiled: its steps, and their sum."""
+    with tempfile.TemporaryDirectory() as cold:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
+        command = ["timeout", str(limit), sys.executable, __file__, *arguments]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    row: Row = {"batches": len(lines), "steps": lines}
+    if len(lines) < steps:
+        return row | {"stopped_after_s": limit}
+    seconds = [line["seconds"] for line in lines]
+    worst = {"worst_step_s": max(seconds), "compilations": lines[-1]["compilations"]}
+    return row | {"total_s": sum(seconds), **worst}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["stream", "transformers", "stream-of", "transformers-of"])
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries transformers out"
+    )
+    parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers")
+    parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="of transformers: the first compiles")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    args = parser.parse_args()
+    if args.what == "stream-of":
+        return stream_of(args.of[0])
+    if args.what == "transformers-of":
+        return transformers_of(args.of[0], args.models[0], args.device, args.rounds)
+    is_stream = args.what == "stream"
+    names = STREAM if is_stream else MODELS
+    ways = [
+        (way, kind)
+        for kind in ([""] if is_stream else args.models)
+        for way in names
+        if way in (args.of or names)
+    ]
+    rows = []
+    for way, kind in tqdm(ways, desc=args.what):
+        arguments = [f"{args.what}-of", "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
+        arguments += ["--models", kind] if kind else []
+        steps = BATCHES if is_stream else args.rounds * SIZES_OF_MODEL
+        row = {"way": names[way], "model": kind} | measure(arguments, steps, args.limit)
+        rows.append(row)
+        tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
+        save(args.what, rows, args.results, args.device)
+
+
+if __name__ == "__main__":
+    main()

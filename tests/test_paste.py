@@ -1,0 +1,36 @@
+"""Parts 1 to 3 of the file are one piece to paste, which needs torch alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FILE = Path(__file__).parent.parent / "causal_padded_flexattn.py"
+USE = """
+import sys
+for package in ("attn_gym", "matplotlib", "transformers"):
+    assert package not in sys.modules
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pads = torch.arange(200, device=device) >= torch.tensor([[200], [70]], device=device)
+inputs = [torch.randn(2, heads, 200, 32, device=device, requires_grad=True) for heads in (4, 2, 2)]
+model = lambda *inputs: causal_padded_attention(*inputs, pads, window=50) * 2
+for attention in (model, torch.compile(model, fullgraph=True)):
+    output = attention(*inputs)
+    gradients = torch.autograd.grad(output.square().sum(), inputs)
+    assert output[1, :, 70:].count_nonzero() == 0 and output[1, :, :70].isfinite().all()
+    print(*(round(x.norm().item(), 2) for x in (output, *gradients)))
+"""
+
+
+def test_parts_1_to_3_alone(tmp_path: Path) -> None:
+    piece, marker, _ = FILE.read_text().partition("# ---- all above is one piece to paste")
+    assert marker
+    pasted = tmp_path / "pasted.py"
+    pasted.write_text(piece + USE)
+    done = subprocess.run(
+        [sys.executable, str(pasted)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    eager, compiled = done.stdout.splitlines()
+    assert len(eager.split()) == 4
+    for x, y in zip(eager.split(), compiled.split(), strict=True):
+        assert abs(float(x) - float(y)) <= 0.02 * float(x)
