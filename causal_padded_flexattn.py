@@ -132,7 +132,7 @@ def create_causal_padding_block_mask(
     rows: Any = slice(q_offset, q_offset + q_len)
     if isinstance(q_offset, Tensor):
         rows = torch.arange(q_len, dtype=torch.int32, device=device) + q_offset
-    positions = places[rows]
+    positions = places if q_len == kv_len else places[rows]
 
     # The run of keys that each query sees: (L,) or (B, L).
     first, last = None, positions if causal else places[-1]
@@ -150,7 +150,8 @@ def create_causal_padding_block_mask(
             last = end if window is None else torch.minimum(end, last)
 
     # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
-    far, q_pads = 2 * kv_len, pads[:, rows] if query_pads is None else query_pads
+    far = 2 * kv_len
+    q_pads = query_pads if query_pads is not None else pads if q_len == kv_len else pads[:, rows]
     last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), q_block, -1, (1, 0))  # largest, smallest
     # The first real key of each block, and the last key, far off if any of the block is padding.
     _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, (0, 1))
@@ -335,8 +336,9 @@ def _attend(
         with torch.autocast("cpu", enabled=False):
             return _attend_on_the_cpu(query, key, value, block_mask, scale, score_mod, return_lse)
     if backend == "auto":
-        obstacle = _flash_obstacle(query, key, value, score_mod, return_lse)
-        backend = "flash" if obstacle is None and _is_faster_with_flash(query, key, block_mask) else "triton"
+        faster = _is_faster_with_flash(query, key, block_mask)
+        usable = faster and _flash_obstacle(query, key, value, score_mod, return_lse) is None
+        backend = "flash" if usable else "triton"
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     result = attend(
         query, key, value, score_mod, block_mask, scale, enable_gqa=query.shape[1] != key.shape[1],
@@ -426,7 +428,7 @@ def _check_inputs(
     if block_mask is not None:
         is_mask = isinstance(block_mask, BlockMask)
         _require(is_mask, "block_mask must be a BlockMask", TypeError, block_mask=type(block_mask))
-        sliced = block_mask.mask_mod.__name__ == "_sliced_mask_mod_error"
+        sliced = getattr(block_mask.mask_mod, "__name__", "") == "_sliced_mask_mod_error"
         _require(not sliced, "block_mask is a slice, without its mask_mod: make one of a slice of pads")
         shape, device = block_mask.shape, block_mask.kv_num_blocks.device
         fits = shape == (query.shape[0], shape[1], query.shape[2], key.shape[2]) and device == pads.device
@@ -803,9 +805,6 @@ def _demonstrate(args: Any) -> int:
     import time
     import warnings
 
-    from torch.nn.attention.flex_attention import and_masks, create_block_mask
-    from torch.utils.benchmark import Timer
-
     # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
     os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     # Nothing to act on: that a CUDA toolkit is there, but no card; and a default that Triton 3.9 alone can
@@ -813,6 +812,8 @@ def _demonstrate(args: Any) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
     os.environ.setdefault("PYTHONWARNINGS", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+    from torch.utils.benchmark import Timer
 
     def say(label: str, text: str) -> None:
         print(f"{label:<12}{text}", flush=True)
