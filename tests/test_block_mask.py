@@ -134,6 +134,19 @@ def test_more_tiles_in_a_row_than_a_small_integer_counts(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_that_begin_in_the_padding_at_the_end_of_a_block(device: str, causal: bool) -> None:
+    place = torch.arange(600, device=device)
+    pads = torch.stack([place % 128 >= 40, place % 64 < 30, place % 200 > 90])
+    for window in (1, 10, 39, 60, 88, 100, 128, 150, 190, 300):
+        for block_size in (64, 128, (128, 64)):
+            ours = create_causal_padding_block_mask(pads, causal=causal, window=window, BLOCK_SIZE=block_size)
+            assert_same_block_mask(
+                ours, textbook(explicit_mask(pads, causal=causal, window=window), block_size)
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_defaults(device: str) -> None:
     pads = torch.zeros(2, 300, dtype=torch.bool, device=device)
     pads[0, 120:] = pads[1, :130] = True
