@@ -65,29 +65,39 @@ def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
 
 def _check_tensors(**tensors: Any) -> None:
     """Against their shapes and each other. No check in this file waits for the device."""
-    shapes = {"query": "B Hq L E", "key": "B Hkv S E", "value": "B Hkv S Ev", "query_pads": "B L"}
     sizes: dict[str, int] = {}
-    given = {name: x for name, x in tensors.items() if x is not None or name == "pads"}
-    for name, x in given.items():
+    for name, x in tensors.items():
+        if x is None and name in ("documents", "query_pads"):
+            continue
         plain = isinstance(x, Tensor) and not hasattr(x, "to_local")
-        _require(plain, f"{name} must be a plain tensor (x.to_local() of a DTensor)", TypeError, got=type(x))
+        _require(plain, "{} must be a plain tensor (x.to_local() of a DTensor)", TypeError, name, got=type(x))
         kind, right = "torch.bool, True where padding: attention_mask == 0", x.dtype == torch.bool
         if name == "documents":
             kind, right = "integers", not (x.is_floating_point() or x.dtype == torch.bool)
-        elif "pads" not in name:
-            kind, right = "of one dtype with query: cast it", x.dtype == given["query"].dtype
-        _require(right, f"{name} must be {kind}", TypeError, **given)
-        letters = shapes.get(name, "B S").split()
-        fits = x.dim() == len(letters) and 0 not in x.shape
-        fits = fits and all(sizes.setdefault(*size) == size[1] for size in zip(letters, x.shape, strict=True))
-        _require(fits, f"{name} must be ({', '.join(letters)}), not 0, and agree with the others", **given)
-        _require(x.device == given["pads"].device, f"{name} must be on the device of pads: move it", **given)
+        elif name in ("query", "key", "value"):
+            kind, right = "of one dtype with query: cast it", x.dtype == tensors["query"].dtype
+        _require(right, "{} must be {}", TypeError, name, kind, **tensors)
+        letters, shape = _SHAPES.get(name, ("B", "S")), x.shape
+        fits = len(shape) == len(letters) and 0 not in shape
+        for letter, size in zip(letters, shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        _require(
+            fits, "{} must be ({}), not 0, and agree with the others", ValueError, name, letters, **tensors
+        )
+        here = x.device == tensors["pads"].device
+        _require(here, "{} must be on the device of pads: move it", ValueError, name, **tensors)
 
 
-def _require(holds: bool, rule: str, error: type[Exception] = ValueError, /, **got: Any) -> None:
-    if not holds:
+_SHAPES: dict[str, tuple[str, ...]] = {"query": ("B", "Hq", "L", "E"), "query_pads": ("B", "L")}
+_SHAPES |= {"key": ("B", "Hkv", "S", "E"), "value": ("B", "Hkv", "S", "Ev")}
+
+
+def _require(holds: bool, rule: str, error: type[Exception] = ValueError, /, *words: Any, **got: Any) -> None:
+    if not holds:  # only now is anything formatted
+        words = tuple(", ".join(word) if isinstance(word, tuple) else word for word in words)
         show: Any = lambda x: (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x  # noqa: E731
-        raise error(f"{rule}; got {', '.join(f'{name} {show(x)!r}' for name, x in got.items())}")
+        found = ", ".join(f"{name} {show(x)!r}" for name, x in got.items() if x is not None)
+        raise error(f"{rule.format(*words)}; got {found}")
 
 
 # ---- 2. The block mask ------------------------------------------------------------------------------------

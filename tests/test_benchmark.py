@@ -117,20 +117,22 @@ def test_a_wrong_way_is_not_timed(
         attention.measure(way, batch, batch.reference(torch.float64), batch.reference(torch.float32))
 
 
-@pytest.mark.parametrize("kind", models.KINDS)
-def test_a_run_of_a_model(kind: str, tmp_path: Path) -> None:
-    run(models, "transformers", "--device", "cpu", "--of", "sdpa", "ours", "--models", kind, folder=tmp_path)
-    ours, sdpa = (json.loads((tmp_path / "transformers.json").read_text())["results"])[::-1]
-    for row in (ours, sdpa):
-        steps = row["steps"]
-        assert [step["round"] for step in steps] == [i // 5 for i in range(50)]
+@pytest.mark.parametrize(("kind", "rounds"), [("llama", 10), ("mistral", 2), ("gemma3", 2)])
+def test_a_run_of_a_model(kind: str, rounds: int, tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--of", "sdpa", "ours", "--models", kind, "--rounds", str(rounds)]
+    run(models, "transformers", *arguments, folder=tmp_path)
+    sdpa, ours = (row["steps"] for row in json.loads((tmp_path / "transformers.json").read_text())["results"])
+    for steps in (sdpa, ours):
+        assert [step["round"] for step in steps] == [i // 5 for i in range(5 * rounds)]
         assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
-        assert [steps[i]["length"] for i in (20, 35)] == [2 * steps[0]["length"], 4 * steps[0]["length"]]
-    assert [x["loss"] for x in ours["steps"]] == pytest.approx([x["loss"] for x in sdpa["steps"]], rel=1e-3)
-    rounds = [sum(step["seconds"] for step in sdpa["steps"] if step["round"] == i) for i in range(10)]
-    assert sdpa["total_s"] == pytest.approx(sum(rounds))
-    medians = " | ".join(f"{sorted(some)[1] * 1e3:.0f} ms" for some in (rounds[1:4], rounds[4:7], rounds[7:]))
-    assert f"| {kind}: sdpa | {rounds[0]:.0f} s | {medians} | 0 |" in report.transformers_table(tmp_path)
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in sdpa], rel=1e-3)
+    seconds = [sum(step["seconds"] for step in sdpa if step["round"] == i) for i in range(10)]
+    table = report.transformers_table(tmp_path)
+    assert f"| {kind}: sdpa | {seconds[0]:.0f} s | " in table
+    if rounds == 10:
+        assert [sdpa[i]["length"] for i in (20, 35)] == [2 * sdpa[0]["length"], 4 * sdpa[0]["length"]]
+        medians = (sorted(some)[1] * 1e3 for some in (seconds[1:4], seconds[4:7], seconds[7:]))
+        assert f"s | {' | '.join(f'{median:.0f} ms' for median in medians)} | 0 |" in table
 
 
 @pytest.mark.parametrize("name", attention.CASES)
