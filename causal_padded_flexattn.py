@@ -15,9 +15,8 @@ L query length, S key length (max_seq_len), E head size of query and key, Ev hea
 import importlib.metadata
 import inspect
 import threading
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -692,10 +691,11 @@ def transformers_attention(
 # ---- 6. The demonstration: python causal_padded_flexattn.py -----------------------------------------------
 
 
-def _parse(argv: Sequence[str] | None) -> Any:
+def _parse(argv: list[str] | None) -> Any:
     import argparse
     import importlib
     import os
+    from pathlib import Path
 
     def count(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
@@ -750,7 +750,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     return args
 
 
-def _draw_mask(path: Path, padding_side: str) -> None:
+def _draw_mask(path: Any, padding_side: str) -> None:
     """With attention-gym, the mask of a sequence of 8 tokens, padded to 12."""
     import contextlib
     import io
@@ -767,20 +767,20 @@ def _draw_mask(path: Path, padding_side: str) -> None:
         visualize_attention_scores(torch.ones(1, 1, 12, 8), torch.ones(1, 1, 12, 8), **drawn)
 
 
-def _pads(lengths: Sequence[int], max_seq_len: int, padding_side: str, device: str = "cpu") -> Tensor:
+def _pads(lengths: list[int], max_seq_len: int, padding_side: str, device: str = "cpu") -> Tensor:
     """(B, max_seq_len): True where a sequence of that length, padded on that side, holds padding."""
     places, length = torch.arange(max_seq_len, device=device), torch.tensor(lengths, device=device)[:, None]
     return places >= length if padding_side == "right" else places < max_seq_len - length
 
 
-def _differentiate(attention: Any, inputs: Sequence[Tensor], grad: Tensor | None) -> list[Tensor]:
+def _differentiate(attention: Any, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
     """The output and, given its gradient, the gradients of the inputs."""
     inputs = [x.detach().requires_grad_(grad is not None) for x in inputs]
     output = attention(*inputs)
     return [output] if grad is None else [output, *torch.autograd.grad(output, inputs, grad)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the demonstration; --help lists its options.
 
     Args:
@@ -814,6 +814,7 @@ def _demonstrate(args: Any) -> int:
     import sys
     import time
     import warnings
+    from functools import partial
 
     # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
     os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
