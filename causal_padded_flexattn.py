@@ -320,8 +320,8 @@ def causal_padded_attention(
         seen: Any = {"causal": causal, "window": window, "documents": documents, "query_pads": query_pads}
         block_mask = create_causal_padding_block_mask(pads, query.shape[2], **seen)
     else:
-        alone = window is documents is None
-        _require(alone, "window and documents must be in the block_mask: make it with them", window=window)
+        rule = "window and documents must be in the block_mask: make it with them"
+        _require(window is documents is None, rule, window=window, documents=documents)
     if safe_padding:
         if query_pads is None:
             all_queries = query.shape[2] == key.shape[2]
@@ -391,8 +391,9 @@ def _attend_on_the_cpu(
     empty = scores.detach().amax(-1, keepdim=True).isneginf()
     scores = scores.masked_fill(empty, 0.0)
     output = (scores.softmax(-1) @ value).masked_fill(empty, 0.0).to(query.dtype)
-    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
-    return (output, lse) if return_lse else output
+    if not return_lse:
+        return output
+    return output, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
 
 
 def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:

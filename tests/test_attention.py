@@ -819,7 +819,7 @@ PADS = _zeros(3, 8, dtype=torch.bool)
         (
             {"block_mask": _mask(PADS), "documents": _zeros(3, 8)},
             ValueError,
-            "window and documents must be in the",
+            "window and documents must be in the block_mask.*got documents",
         ),
         ({"score_mod": 3.0}, TypeError, "score_mod is a function.*got score_mod 3.0"),
         (
