@@ -140,8 +140,8 @@ def create_causal_padding_block_mask(
     places = torch.arange(kv_len, dtype=torch.int32, device=device)
     rows: Any = slice(q_offset, q_offset + q_len)
     if isinstance(q_offset, Tensor):
-        rows = torch.arange(q_len, dtype=torch.int32, device=device) + q_offset
-    positions = places if q_len == kv_len else places[rows]
+        rows = q_offset.reshape(1) if q_len == 1 else places[:q_len] + q_offset
+    positions = rows if isinstance(rows, Tensor) else places[rows] if q_len < kv_len else places
 
     # The run of keys that each query sees: (L,) or (B, L).
     first, last = None, positions if causal else places[-1]
@@ -161,23 +161,30 @@ def create_causal_padding_block_mask(
     # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
     far = 2 * kv_len
     q_pads = query_pads if query_pads is not None else pads if q_len == kv_len else pads[:, rows]
-    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), q_block, -1, (1, 0))  # largest, smallest
+    few = q_len <= min(_FEW, q_block) and not torch.is_grad_enabled()
+    of_queries = q_len if few and pads.is_cuda else q_block  # flex on the CPU asks for rows that fill a block
+    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), of_queries, -1, (1, 0))  # largest, smallest
     # The first real key of each block, and the last key, far off if any of the block is padding.
     _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, (0, 1))
     q_ends, kv_ends = [lasts], [keys]
     if first is not None:
-        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), q_block, far, (0, 1))
+        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), of_queries, far, (0, 1))
         _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, (0, 1))
         q_ends, kv_ends = [lasts, firsts], [keys, torch.stack((real[1], keys[0]))]  # last real key, first key
 
     most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
     dtype = torch.int8 if most < 2**7 else torch.int16 if most < 2**15 else torch.int32
+    dtype = torch.int32 if few else dtype
     numbers = torch.arange(1, most + 1, dtype=dtype, device=device)
     list_tiles: Any = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
     # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
     # wrongly, so these come from the comparison turned round, not from transposed tiles.
-    both = list_tiles(q_ends, kv_ends, numbers, False), list_tiles(kv_ends, q_ends, numbers, True)
-    lists: Any = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
+    if few:  # the decoding kernel shares out the tiles of one list evenly, and has no backward pass
+        one = list_tiles([x[:1] for x in q_ends], [x[:1] for x in kv_ends], numbers, False)
+        lists: Any = [one[0][0], one[1][0], *[None] * 6]
+    else:
+        both = list_tiles(q_ends, kv_ends, numbers, False), list_tiles(kv_ends, q_ends, numbers, True)
+        lists = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
 
     # These capture tensors: an int would be compiled in, a kernel for every decoding step.
     def up_to_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -223,6 +230,8 @@ def _find_queries(
 
 def _blocks(places: Tensor, block: int, outside: int, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Fill up the last block; and the smallest and largest of each, in that order: (2, B, 1, blocks, 1)."""
+    if block == 1:
+        return places, places[None, :, None, :, None].expand(2, -1, -1, -1, -1)
     if places.shape[1] % block:
         fill = _opaque_fill if torch.compiler.is_compiling() else _fill
         places = fill(places, -places.shape[1] % block, outside)
@@ -250,10 +259,10 @@ def _list_tiles(
     compare[0](rows[0], columns[0].mT, out=tiles)
     if len(rows) > 1:
         tiles &= compare[1](rows[1], columns[1].mT)
-    some, full = tiles.unbind()
-    some ^= full  # partial
+    if len(tiles) > 1:
+        tiles[0] ^= tiles[1]  # partial: some, and not all
     rank = tiles.cumsum(-1, dtype=numbers.dtype)
-    del tiles, some, full
+    del tiles
     # The k-th tile of a row is where its rank first reaches k; what is left of the row repeats the last one.
     count = rank.select(-1, -1)
     wanted = torch.minimum(numbers[: rank.shape[-1]], count.unsqueeze(-1))
@@ -323,12 +332,17 @@ def causal_padded_attention(
         rule = "window and documents must be in the block_mask: make it with them"
         _require(window is documents is None, rule, window=window, documents=documents)
     if safe_padding:
-        if query_pads is None:
-            all_queries = query.shape[2] == key.shape[2]
-            query_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
-        query = query.masked_fill(query_pads[:, None, :, None], 0.0)
-        key, value = (x.masked_fill(pads[:, None, :, None], 0.0) for x in (key, value))
+        value = _zero(value, pads)
+        if torch.is_grad_enabled():  # padded rows of query and key reach nothing but gradients
+            if query_pads is None:
+                all_queries = query.shape[2] == key.shape[2]
+                query_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
+            query, key = _zero(query, query_pads), _zero(key, pads)
     return _attend(query, key, value, block_mask, scale, score_mod, return_lse, backend)
+
+
+def _zero(x: Tensor, rows: Tensor) -> Tensor:  # in one pass, where masked_fill takes two
+    return torch.where(rows[:, None, :, None], 0.0, x)
 
 
 def _cast_for_autocast(*tensors: Tensor) -> Any:  # as SDPA does
@@ -348,29 +362,84 @@ def _attend(
         faster = _is_faster_with_flash(query, key, block_mask)
         usable = faster and _flash_obstacle(query, key, value, score_mod, return_lse) is None
         backend = "flash" if usable else "triton"
-    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    result = attend(
-        query, key, value, score_mod, block_mask, scale, enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=_kernel_options(query, key, block_mask, backend),
-        return_aux=AuxRequest(lse=True) if return_lse else None,
-    )  # fmt: skip
+    options = _kernel_options(query, key, value, block_mask, backend)
+    decodes, compiling = options["BACKEND"] == "TRITON_DECODE", torch.compiler.is_compiling()
+    if decodes and not compiling and query.shape[0] & query.shape[0] - 1:
+        return _decode_in_parts(query, key, value, block_mask, scale, score_mod, return_lse)
+    attend: Any = _flex_attention if compiling else _compiled_flex_attention(backend)
+    return attend(query, key, value, score_mod, block_mask, scale, options, return_lse)
+
+
+def _decode_in_parts(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool
+) -> Any:
+    """The decoding kernel is compiled for a batch size: powers of two bound how many there are."""
+    lists = [
+        f"{kind}_{what}" for kind in ("kv", "full_kv", "q", "full_q") for what in ("num_blocks", "indices")
+    ]
+    results, start, batch_size = [], 0, query.shape[0]
+    while start < batch_size:
+        size = 1 << (batch_size - start).bit_length() - 1
+        rows, b_start = slice(start, start + size), torch.full((), start, device=query.device)
+        mask, score = block_mask, score_mod
+        if block_mask is not None:
+            parts = {name: getattr(block_mask, name) for name in lists}
+            mask = BlockMask(
+                block_mask.seq_lengths,
+                **{name: None if x is None else x[rows] for name, x in parts.items()},
+                BLOCK_SIZE=block_mask.BLOCK_SIZE,
+                mask_mod=_shift_mask(block_mask.mask_mod, b_start),
+            )
+        if score_mod is not None:
+            score = _shift_score(score_mod, b_start)
+        results.append(_attend(query[rows], key[rows], value[rows], mask, scale, score, return_lse))
+        start += size
+    return tuple(map(torch.cat, zip(*results, strict=True))) if return_lse else torch.cat(results)
+
+
+def _shift_mask(mask_mod: Any, b_start: Tensor) -> Any:
+    return lambda b, h, q_idx, kv_idx: mask_mod(b + b_start, h, q_idx, kv_idx)
+
+
+def _shift_score(score_mod: Any, b_start: Tensor) -> Any:
+    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b + b_start, h, q_idx, kv_idx)
+
+
+def _flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: Any, options: Any,
+    return_lse: bool,
+) -> Any:  # fmt: skip
+    # What a loop counts is compiled in, here the heads, and the batch where the decoding kernel needs it.
+    static = [query.shape[1], key.shape[1]] + [query.shape[0]] * (options["BACKEND"] == "TRITON_DECODE")
+    for size in static:
+        for _ in range(size):
+            pass
+    aux = AuxRequest(lse=True) if return_lse else None
+    gqa = query.shape[1] != key.shape[1]
+    result: Any = flex_attention(
+        query, key, value, score_mod, block_mask, scale, gqa, kernel_options=options, return_aux=aux
+    )
     return (result[0], result[1].lse) if return_lse else result
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on
+def _compiled_flex_attention(backend: str = "triton") -> Any:
+    # For any length from the start: else torch compiles the backward pass within it, on autograd's thread,
+    # which another thread's compilation may wait for while it holds what this one needs.
+    # After 8 kinds of input (head sizes, dtypes, with gradients or without, ...) torch would go on
     # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
     # torch breaks where two import what it compiles with.
+    settings: Any = {"fullgraph": True, "dynamic": True if backend == "triton" else None}
     with _LOCK:
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            return torch.compile(flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore
-        compiled = torch.compile(flex_attention, fullgraph=True)
+            return torch.compile(_flex_attention, recompile_limit=64, **settings)  # type: ignore
+        compiled = torch.compile(_flex_attention, **settings)
         torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)  # torch 2.11
         return compiled
 
 
 _LOCK = threading.Lock()
+_FEW = 16  # queries
 
 
 def _attend_on_the_cpu(
@@ -402,23 +471,42 @@ def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
 
 
-def _kernel_options(query: Tensor, key: Tensor, block_mask: Any, backend: str = "triton") -> Any:
+def _kernel_options(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, backend: str = "triton"
+) -> dict[str, Any]:
     if backend == "flash":
         return {"BACKEND": "FLASH"}
-    if query.shape[2] == 1 or query.shape[2] * query.shape[1] // key.shape[1] <= 16:
-        return None  # and torch takes its decoding kernel
+    group, on_hopper = query.shape[1] // key.shape[1], _is_on_hopper(query)
+    width = max(query.shape[3], value.shape[3]) * query.element_size()  # bytes
+    blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
+    rows = max(group, 16 if query.shape[2] * group <= 16 else 64)  # queries times group, of a tile
+    decodes = query.shape[2] <= _FEW and group & group - 1 == 0 and not (blocks[0] % rows or blocks[1] % 64)
+    if decodes and (block_mask is None or block_mask.shape[1] == 1):
+        options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
+        if on_hopper:
+            # Measured on an H100: loads that run ahead, as far as they fit, and work for the whole card.
+            stages, work = 3 if width <= 256 else 2 if width <= 512 else 1, 1024 if rows <= 16 else 256
+            split = min(32, max(1, work // (query.shape[0] * key.shape[1])))
+            options |= {"fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
+        return options
     # Whether no tile reaches past the end. Torch 2.11 sees it only in lengths that are compiled in, and
     # wrongly where a block of the mask is larger than 128.
-    blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
     lengths = zip((query.shape[2], key.shape[2]), blocks, strict=True)
     divisible = not any(length % 128 or length % block for length, block in lengths)
     # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
-    options: dict[str, Any] = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
-    if query.shape[3] <= 64 and query.element_size() == 2:
-        # The tiles that torch 2.11 takes on an H100 spill registers forward; backward they are slower.
+    options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
+    if query.shape[2] < 128 and width == 256 and on_hopper:
+        # Measured on an H100: half the time of torch's tiles, of which so few queries leave most empty.
+        options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+    if query.shape[3] <= 64 and query.element_size() == 2 and on_hopper:
+        # Measured on an H100: torch's own tiles spill registers forward there, and are slower backward.
         options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
         options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
     return options
+
+
+def _is_on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def _check_inputs(
@@ -444,6 +532,9 @@ def _check_inputs(
         fits = shape == (query.shape[0], shape[1], query.shape[2], key.shape[2]) and device == pads.device
         rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
         _require(fits and shape[1] in (1, query.shape[1]), rule, block_mask=(*shape, device), **got)
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        both_ways = block_mask.q_num_blocks is not None or not grad
+        _require(both_ways, "block_mask was made under torch.no_grad: make it where gradients are wanted")
 
 
 # Now, as a compiled model cannot find out.
@@ -461,11 +552,10 @@ def _is_faster_with_flash(query: Tensor, key: Tensor, block_mask: BlockMask | No
 
 def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, lse: bool) -> str | None:
     """What the FLASH kernel needs and lacks, if anything."""
-    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9
     sizes = (query.shape[3], value.shape[3])
     for holds, need in (
         (_HAS_FLASH, "the package flash-attn-4 (pip install --pre flash-attn-4)"),
-        (hopper, "a Hopper card, the only kind it was tried on"),
+        (_is_on_hopper(query), "a Hopper card, the only kind it was tried on"),
         (query.dtype in (torch.float16, torch.bfloat16), "float16 or bfloat16"),
         # Those of which its tiles divide 128.
         (not any(size % 8 or size > 128 for size in sizes), "head sizes that are multiples of 8 up to 128"),
@@ -855,7 +945,7 @@ def _demonstrate(args: Any) -> int:
     say("block mask", f"tiles of 128 x 128: {full} full, {partly} partial, {skipped} skipped")
 
     say("compile", f"flex_attention, {' and '.join(directions)} ...")
-    options = _kernel_options(inputs[0], inputs[1], block_mask)
+    options = _kernel_options(inputs[0], inputs[1], inputs[2], block_mask)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     flex = partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
     start, (*_, passes) = time.perf_counter(), directions.values()

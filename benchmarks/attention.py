@@ -44,7 +44,7 @@ def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool =
     if dynamic:
         require(batch.device == "cuda", "needs CUDA")
         compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
-        options = cpf._kernel_options(*batch.inputs[:2], block_mask)
+        options = cpf._kernel_options(*batch.inputs, block_mask)
         return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     options = {"pads": batch.pads, "block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
     return partial(cpf.causal_padded_attention, **options)

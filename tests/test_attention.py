@@ -2,8 +2,11 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from causal_padded_flexattn import (
     sdpa_reference,
 )
 
+ROOT = Path(__file__).parent.parent
 PADDING = ["none", "right", "left", "holes", "empty"]
 
 
@@ -515,9 +519,9 @@ def test_a_stream_of_shapes_compiles_three_times_at_most(compilations: Callable[
 def test_decoding_into_a_preallocated_cache_compiles_once(
     as_tensor: bool, compilations: Callable[[], int]
 ) -> None:
-    (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, 512))
+    (query, key, value), _ = make_inputs("cuda", torch.bfloat16, 8, lengths=(1, 512))
     for i in range(32):
-        pads = torch.arange(512, device="cuda").expand(3, 512) > i
+        pads = torch.arange(512, device="cuda").expand(8, 512) > i
         offset = torch.tensor(i, device="cuda") if as_tensor else i
         block_mask = create_causal_padding_block_mask(pads, 1, q_offset=offset)
         with torch.no_grad():
@@ -526,20 +530,90 @@ def test_decoding_into_a_preallocated_cache_compiles_once(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 2), (14, 2), (24, 1), (32, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [(torch.float16, (24, 40)), (torch.bfloat16, (192, 128)), (torch.float32, (72, 64))],
+    ids=str,
+)
+def test_few_queries(heads: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    """Into a cache that is padded on the left and not written to its end."""
+    for batch_size, q_len, kv_len in ((3, 1, 700), (2, 3, 1000), (5, 16, 300), (2, 100, 400)):
+        inputs, _ = make_inputs("cuda", dtype, batch_size, heads, (q_len, kv_len), sizes)
+        offset = kv_len - kv_len // 8 - q_len
+        place = torch.arange(kv_len, device="cuda")
+        pads = (place < offset * torch.rand(batch_size, 1, device="cuda")) | (place >= offset + q_len)
+        mask = explicit_mask(pads, q_len, offset)
+        with torch.no_grad():
+            block_mask = create_causal_padding_block_mask(pads, q_len, q_offset=torch.tensor(offset).cuda())
+            ours, lse = causal_padded_attention(*inputs, pads, block_mask=block_mask, return_lse=True)
+            wide, exact_lse = written_out(*(x.double() for x in inputs), mask)
+            assert_as_exact([ours], [masked_sdpa(*inputs, mask, None)], [wide])
+        torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.cuda
+def test_decoding_compiles_once_for_a_batch_size(compilations: Callable[[], int]) -> None:
+    """And for the powers of two that other sizes are the sums of; for no length and no offset."""
+    made = []
+    for batch_size, kv_len in itertools.product([8, 16, 13, 29, 25, 9, 12, 31], [600, 1200, 1700]):
+        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, batch_size, lengths=(1, kv_len))
+        for offset in (kv_len // 2, kv_len - 1):
+            pads = torch.arange(kv_len, device="cuda").expand(batch_size, kv_len) > offset
+            pads = pads | (torch.arange(batch_size, device="cuda")[:, None] == 1)
+            with torch.no_grad():
+                block_mask = create_causal_padding_block_mask(pads, 1, q_offset=torch.tensor(offset).cuda())
+                output = causal_padded_attention(query, key, value, pads, block_mask=block_mask)
+            mask = explicit_mask(pads, 1, offset)
+            torch.testing.assert_close(
+                output, masked_sdpa(query, key, value, mask, None), rtol=2e-2, atol=2e-2
+            )
+        made.append(compilations())
+    # 8 and 16; of a rest 8, 4, 2 and 1. No size equals a number of tiles: torch would take them for one.
+    assert made[:6] == [1, 1, 1, 2, 2, 2] and made[-1] <= 6
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_a_sequence_decodes_to_the_same_bits_whatever_the_others_hold(q_len: int) -> None:
+    (query, key, value), _ = make_inputs("cuda", torch.bfloat16, 8, (8, 2), (q_len, 2000), (128, 128))
+    pads = make_pads("left", 2000, "cuda", 8)
+    outputs = []
+    for others in (0, 1):
+        if others:
+            query[1:], key[1:], value[1:] = 3 * query[1:], key[1:] - 1, 2 * value[1:]
+            pads = torch.cat((pads[:1], make_pads("holes", 2000, "cuda", 7)))
+        with torch.no_grad():
+            outputs.append(causal_padded_attention(query, key, value, pads)[0])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mask_made_without_gradients_gives_none_in_silence(device: str) -> None:
+    inputs, _ = make_inputs(device, lengths=(1, 50))
+    pads = make_pads("left", 50, device)
+    with torch.no_grad():
+        block_mask = create_causal_padding_block_mask(pads, 1)
+    causal_padded_attention(*inputs, pads, block_mask=block_mask)
+    with pytest.raises(ValueError, match=r"made under torch.no_grad: make it where gradients are wanted"):
+        causal_padded_attention(inputs[0].requires_grad_(), *inputs[1:], pads, block_mask=block_mask)
+
+
+@pytest.mark.cuda
 def test_a_growing_cache_compiles_three_times_at_most(compilations: Callable[[], int]) -> None:
     for length in [*range(2, 20), *range(120, 140), *range(250, 260), 600, 1000]:
-        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(1, length))
+        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, 16, lengths=(1, length))
         with torch.no_grad():
-            causal_padded_attention(query, key, value, make_pads("left", length, "cuda"))
-    assert 1 <= compilations() <= 3
+            causal_padded_attention(query, key, value, make_pads("left", length, "cuda", 16))
+    assert 1 <= compilations() <= 3  # for one tile, and two key heads of two tiles, again
 
 
 @pytest.mark.cuda
 def test_more_kinds_of_input_than_torch_compiles_left_to_itself(compilations: Callable[[], int]) -> None:
     for size in range(16, 16 + 12 * 8, 8):
-        (query, key, value), _ = make_inputs("cuda", torch.bfloat16, lengths=(8, 8), sizes=(size, size))
+        inputs, _ = make_inputs("cuda", torch.bfloat16, 2, lengths=(8, 8), sizes=(size, size))
         with torch.no_grad():
-            causal_padded_attention(query, key, value, make_pads("right", 8, "cuda"))
+            causal_padded_attention(*inputs, make_pads("right", 8, "cuda", 2))
     assert compilations() == 12
 
 
@@ -574,6 +648,69 @@ def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
         torch.testing.assert_close(
             output[2], sdpa_reference(query, key, value, pads)[2], rtol=2e-2, atol=2e-2
         )
+
+
+THREADS = """
+import faulthandler, threading
+faulthandler.dump_traceback_later(240, exit=True)  # where it hangs, if it does
+import torch
+from causal_padded_flexattn import causal_padded_attention, create_causal_padding_block_mask, sdpa_reference
+
+shared = torch.arange(512, device="cuda") >= torch.tensor([[300], [512]], device="cuda")
+block_mask = create_causal_padding_block_mask(shared)
+right = []
+
+def work(length):
+    pads = torch.arange(length, device="cuda") >= torch.tensor([[length // 2], [length]], device="cuda")
+    for pads, mask in ((pads, None), (shared, block_mask)):
+        inputs = [torch.randn(2, 4, pads.shape[1], 64, device="cuda", requires_grad=True) for _ in range(3)]
+        results = []
+        for attend, options in ((causal_padded_attention, {"block_mask": mask}), (sdpa_reference, {})):
+            output = attend(*inputs, pads, **options)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        right.append(all((x - y).abs().max() < 1e-2 * y.abs().max() for x, y in zip(*results)))
+
+threads = [threading.Thread(target=work, args=(length,)) for length in (200, 330, 460, 590)]
+for thread in threads:
+    thread.start()
+    threading.Event().wait(0.05)
+for thread in threads:
+    thread.join()
+assert right == [True] * 8, right
+"""
+
+
+@pytest.mark.cuda
+def test_threads_that_make_the_first_calls() -> None:
+    """In a process of their own, with gradients, each with its own length and all with one mask."""
+    subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, check=True, timeout=300)
+
+
+LIMIT = """
+import threading
+import torch
+from causal_padded_flexattn import causal_padded_attention
+
+pads = torch.zeros(1, 32, dtype=torch.bool, device="cuda")
+
+def kinds(sizes):  # more than torch compiles left to itself
+    with torch.no_grad():
+        for size in sizes:
+            causal_padded_attention(*torch.randn(3, 1, 2, 32, size, device="cuda"), pads)
+
+kinds([16])
+errors = []
+threading.excepthook = errors.append
+thread = threading.Thread(target=kinds, args=(range(24, 24 + 9 * 8, 8),))
+thread.start()
+thread.join()
+assert not errors, errors
+"""
+
+
+@pytest.mark.cuda
+def test_another_thread_than_the_first_has_the_limit_too() -> None:
+    subprocess.run([sys.executable, "-c", LIMIT], cwd=ROOT, check=True, timeout=300)
 
 
 @pytest.mark.cuda

@@ -120,6 +120,37 @@ def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), q_len=st.integers(1, 18), as_tensor=st.booleans(), block=st.sampled_from([4, 64]))
+def test_few_queries_without_gradients_have_one_list(
+    device: str, problem, q_len: int, as_tensor: bool, block: int
+) -> None:
+    pads, seen = problem
+    if "query_pads" in seen:
+        seen["query_pads"] = seen["query_pads"][:, :q_len]
+        q_len = seen["query_pads"].shape[1]
+    else:
+        q_len = min(q_len, pads.shape[1])
+        seen |= {"q_len": q_len, "q_offset": min(seen["q_offset"], pads.shape[1] - q_len)}
+    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
+    given_ = dict(seen)
+    if as_tensor and "q_offset" in seen:
+        given_["q_offset"] = torch.tensor(seen["q_offset"], device=device)
+    with torch.no_grad():
+        ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=(16, block), **given_)
+    expected = explicit_mask(pads, **seen)
+    theirs = textbook(expected, (16, block))
+    if q_len > 16:
+        return assert_same_block_mask(ours, theirs)
+    assert ours.full_kv_num_blocks is ours.q_num_blocks is ours.full_q_num_blocks is None
+    assert ours.kv_num_blocks.shape == theirs.kv_num_blocks.shape
+    assert ours.kv_num_blocks.is_contiguous() and ours.kv_indices.is_contiguous()
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    mask = create_mask(ours.mask_mod, pads.shape[0], 1, *expected.shape[1:], device)
+    assert torch.equal(mask[:, 0], expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "block_size"),
     [(2100, 2100, 16), (1016, 1016, 8), (1024, 1024, 8), (1, 32767, 1), (1, 32768, 1)],
