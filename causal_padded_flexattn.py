@@ -366,7 +366,7 @@ def _attend(
     decodes, compiling = options["BACKEND"] == "TRITON_DECODE", torch.compiler.is_compiling()
     if decodes and not compiling and query.shape[0] & query.shape[0] - 1:
         return _decode_in_parts(query, key, value, block_mask, scale, score_mod, return_lse)
-    attend: Any = _flex_attention if compiling else _compiled_flex_attention(backend)
+    attend: Any = _flex_attention if compiling else _compiled_flex_attention(decodes)
     return attend(query, key, value, score_mod, block_mask, scale, options, return_lse)
 
 
@@ -383,13 +383,11 @@ def _decode_in_parts(
         rows, b_start = slice(start, start + size), torch.full((), start, device=query.device)
         mask, score = block_mask, score_mod
         if block_mask is not None:
-            parts = {name: getattr(block_mask, name) for name in lists}
-            mask = BlockMask(
-                block_mask.seq_lengths,
-                **{name: None if x is None else x[rows] for name, x in parts.items()},
-                BLOCK_SIZE=block_mask.BLOCK_SIZE,
-                mask_mod=_shift_mask(block_mask.mask_mod, b_start),
-            )
+            parts: Any = {name: getattr(block_mask, name) for name in lists}
+            parts = {name: None if x is None else x[rows] for name, x in parts.items()}
+            parts |= {"BLOCK_SIZE": block_mask.BLOCK_SIZE}
+            mask_mod = _shift_mask(block_mask.mask_mod, b_start)
+            mask = BlockMask(block_mask.seq_lengths, **parts, mask_mod=mask_mod)
         if score_mod is not None:
             score = _shift_score(score_mod, b_start)
         results.append(_attend(query[rows], key[rows], value[rows], mask, scale, score, return_lse))
@@ -423,13 +421,12 @@ def _flex_attention(
 
 
 @cache
-def _compiled_flex_attention(backend: str = "triton") -> Any:
-    # For any length from the start: else torch compiles the backward pass within it, on autograd's thread,
-    # which another thread's compilation may wait for while it holds what this one needs.
+def _compiled_flex_attention(decodes: bool = False) -> Any:
+    # A step that decodes is compiled for any length from the start, the rest once a second length comes.
     # After 8 kinds of input (head sizes, dtypes, with gradients or without, ...) torch would go on
     # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
     # torch breaks where two import what it compiles with.
-    settings: Any = {"fullgraph": True, "dynamic": True if backend == "triton" else None}
+    settings: Any = {"fullgraph": True, "dynamic": True if decodes else None}
     with _LOCK:
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             return torch.compile(_flex_attention, recompile_limit=64, **settings)  # type: ignore

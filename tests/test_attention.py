@@ -569,8 +569,9 @@ def test_decoding_compiles_once_for_a_batch_size(compilations: Callable[[], int]
                 output, masked_sdpa(query, key, value, mask, None), rtol=2e-2, atol=2e-2
             )
         made.append(compilations())
-    # 8 and 16; of a rest 8, 4, 2 and 1. No size equals a number of tiles: torch would take them for one.
-    assert made[:6] == [1, 1, 1, 2, 2, 2] and made[-1] <= 6
+    # Whole batches of 8 and 16, and parts of 8, 4, 1, 16 and 2. None equals a number of tiles or of heads of
+    # another kind: torch would take the two for one size, and compile again where they part.
+    assert made == [1, 2, 5, 6, 6, 6, 6, 7]
 
 
 @pytest.mark.cuda
@@ -648,42 +649,6 @@ def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
         torch.testing.assert_close(
             output[2], sdpa_reference(query, key, value, pads)[2], rtol=2e-2, atol=2e-2
         )
-
-
-THREADS = """
-import faulthandler, threading
-faulthandler.dump_traceback_later(240, exit=True)  # where it hangs, if it does
-import torch
-from causal_padded_flexattn import causal_padded_attention, create_causal_padding_block_mask, sdpa_reference
-
-shared = torch.arange(512, device="cuda") >= torch.tensor([[300], [512]], device="cuda")
-block_mask = create_causal_padding_block_mask(shared)
-right = []
-
-def work(length):
-    pads = torch.arange(length, device="cuda") >= torch.tensor([[length // 2], [length]], device="cuda")
-    for pads, mask in ((pads, None), (shared, block_mask)):
-        inputs = [torch.randn(2, 4, pads.shape[1], 64, device="cuda", requires_grad=True) for _ in range(3)]
-        results = []
-        for attend, options in ((causal_padded_attention, {"block_mask": mask}), (sdpa_reference, {})):
-            output = attend(*inputs, pads, **options)
-            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-        right.append(all((x - y).abs().max() < 1e-2 * y.abs().max() for x, y in zip(*results)))
-
-threads = [threading.Thread(target=work, args=(length,)) for length in (200, 330, 460, 590)]
-for thread in threads:
-    thread.start()
-    threading.Event().wait(0.05)
-for thread in threads:
-    thread.join()
-assert right == [True] * 8, right
-"""
-
-
-@pytest.mark.cuda
-def test_threads_that_make_the_first_calls() -> None:
-    """In a process of their own, with gradients, each with its own length and all with one mask."""
-    subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, check=True, timeout=300)
 
 
 LIMIT = """
