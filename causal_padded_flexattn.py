@@ -366,7 +366,7 @@ def _attend(
     decodes, compiling = options["BACKEND"] == "TRITON_DECODE", torch.compiler.is_compiling()
     if decodes and not compiling and query.shape[0] & query.shape[0] - 1:
         return _decode_in_parts(query, key, value, block_mask, scale, score_mod, return_lse)
-    attend: Any = _flex_attention if compiling else _compiled_flex_attention(decodes)
+    attend: Any = _flex_attention if compiling else _compiled_flex_attention()
     return attend(query, key, value, score_mod, block_mask, scale, options, return_lse)
 
 
@@ -421,16 +421,14 @@ def _flex_attention(
 
 
 @cache
-def _compiled_flex_attention(decodes: bool = False) -> Any:
-    # A step that decodes is compiled for any length from the start, the rest once a second length comes.
+def _compiled_flex_attention() -> Any:
     # After 8 kinds of input (head sizes, dtypes, with gradients or without, ...) torch would go on
     # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
     # torch breaks where two import what it compiles with.
-    settings: Any = {"fullgraph": True, "dynamic": True if decodes else None}
     with _LOCK:
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            return torch.compile(_flex_attention, recompile_limit=64, **settings)  # type: ignore
-        compiled = torch.compile(_flex_attention, **settings)
+            return torch.compile(_flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore
+        compiled = torch.compile(_flex_attention, fullgraph=True)
         torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)  # torch 2.11
         return compiled
 
