@@ -10,6 +10,7 @@ from pathlib import Path
 import attention
 import block_mask
 import common
+import decode
 import models
 import pytest
 import report
@@ -282,3 +283,14 @@ def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     assert "| 2 048 | 1 | out of memory |" in table
     assert "| 2 048 | 2 | 1.0 | 8.0 | 2.0 (25%) | 0.5 | 100% |  |" in table
     assert "| 2 048 | 4 | 1.0 | 5.0 | 2.0 (40%) | 0.5 | 80% | no |" in table
+
+
+def test_decode_at_tiny_sizes(tmp_path: Path) -> None:
+    run(decode, "--device", "cpu", folder=tmp_path)
+    result = common.load("decode", tmp_path)
+    assert [row["way"] for row in result["results"]] == ["block mask", "ours", "SDPA, mask row"] * 2
+    first = result["results"][0]
+    pads, offset = decode.cache_pads(3, 1, 60, "cpu")  # an eighth of 60 is not written: 53 are
+    assert offset == 52 and (~pads).sum(1).tolist() == [13, 33, 53] and first["real_tokens"] == 99
+    bytes_read = 99 * 2 * 2 * 16 * 4  # of key and value: two heads of 16 in float32
+    assert first["limit_ms"] == pytest.approx(bytes_read / result["copy_bytes_per_s"] * 1e3)
