@@ -128,8 +128,8 @@ def create_causal_padding_block_mask(
         BLOCK_SIZE: tokens in a block, or (in a query block, in a key block).
 
     Returns:
-        A BlockMask of shape (B, 1, L, S), for any number of heads. Under torch.no_grad, for up to 16 queries, it
-        has one list of tiles, which decoding is faster with, and serves no backward pass.
+        A BlockMask of shape (B, 1, L, S), for any number of heads. Under torch.no_grad, for up to 16
+        queries, it has one list of tiles, which decoding is faster with, and serves no backward pass.
 
     Raises:
         TypeError, ValueError: an argument does not fit, with what would.
