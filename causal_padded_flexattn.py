@@ -163,7 +163,8 @@ def create_causal_padding_block_mask(
     far = 2 * kv_len
     q_pads = query_pads if query_pads is not None else pads if q_len == kv_len else pads[:, rows]
     few = q_len <= min(_FEW, q_block) and not torch.is_grad_enabled()
-    of_queries = q_len if few and pads.is_cuda else q_block  # flex on the CPU asks for rows that fill a block
+    # One block, however short; but flex on the CPU, and kernels for whole sequences, ask for all its rows.
+    of_queries = q_len if few and pads.is_cuda and q_len < kv_len else q_block
     last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), of_queries, -1, (1, 0))  # largest, smallest
     # The first real key of each block, and the last key, far off if any of the block is padding.
     _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, (0, 1))
@@ -174,8 +175,7 @@ def create_causal_padding_block_mask(
         q_ends, kv_ends = [lasts, firsts], [keys, torch.stack((real[1], keys[0]))]  # last real key, first key
 
     most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
-    dtype = torch.int8 if most < 2**7 else torch.int16 if most < 2**15 else torch.int32
-    dtype = torch.int32 if few else dtype
+    dtype = torch.int32 if few or most >= 2**15 else torch.int16 if most >= 2**7 else torch.int8
     numbers = torch.arange(1, most + 1, dtype=dtype, device=device)
     list_tiles: Any = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
     # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
@@ -310,8 +310,9 @@ def causal_padded_attention(
         return_lse: whether to return the logarithms of the softmax's sums too.
         backend: "triton", "flash" (FlashAttention-4, without score_mod and return_lse), or "auto": "flash"
             where it can be used and is faster, for large inputs; never for deterministic algorithms.
-        safe_padding: zero padded rows first, for a copy of the three each way. Without it NaN or Inf there
-            reach real rows: in `value` the output (0 * NaN is NaN), in all three the gradients.
+        safe_padding: zero padded rows first, for a copy of value, and of query and key where gradients are
+            enabled. Without it NaN or Inf there reach real rows: in `value` the output (0 * NaN is NaN), in
+            all three the gradients.
 
     Returns:
         (B, Hq, L, Ev); padded query rows are exact zeros, as gradients in padded rows are. With return_lse,
@@ -386,9 +387,8 @@ def _decode_in_parts(
         if block_mask is not None:
             parts: Any = {name: getattr(block_mask, name) for name in lists}
             parts = {name: None if x is None else x[rows] for name, x in parts.items()}
-            parts |= {"BLOCK_SIZE": block_mask.BLOCK_SIZE}
-            mask_mod = _shift_mask(block_mask.mask_mod, b_start)
-            mask = BlockMask(block_mask.seq_lengths, **parts, mask_mod=mask_mod)
+            parts["mask_mod"] = _shift_mask(block_mask.mask_mod, b_start)
+            mask = BlockMask(block_mask.seq_lengths, **parts, BLOCK_SIZE=block_mask.BLOCK_SIZE)
         if score_mod is not None:
             score = _shift_score(score_mod, b_start)
         results.append(_attend(query[rows], key[rows], value[rows], mask, scale, score, return_lse))
@@ -423,7 +423,7 @@ def _flex_attention(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # After 8 kinds of input (head sizes, dtypes, with gradients or without, ...) torch would go on
+    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on
     # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
     # torch breaks where two import what it compiles with.
     with _LOCK:

@@ -3,7 +3,7 @@
 python benchmarks/decode.py      on a CUDA card
 
 Sequences of varying length, padded on the left, and an eighth of the cache not written yet. Results go to
-benchmarks/results/decode.json; benchmarks/report.py shows them.
+benchmarks/results/decode.json.
 """
 
 import argparse
