@@ -96,7 +96,7 @@ def _require(holds: bool, rule: str, error: type[Exception] = ValueError, /, *wo
         words = tuple(", ".join(word) if isinstance(word, tuple) else word for word in words)
         show: Any = lambda x: (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x  # noqa: E731
         found = ", ".join(f"{name} {show(x)!r}" for name, x in got.items() if x is not None)
-        raise error(f"{rule.format(*words)}; got {found}")
+        raise error(f"{rule.format(*words)}" + (f"; got {found}" if found else ""))
 
 
 # ---- 2. The block mask ------------------------------------------------------------------------------------
@@ -365,24 +365,30 @@ def _attend(
         usable = faster and _flash_obstacle(query, key, value, score_mod, return_lse) is None
         backend = "flash" if usable else "triton"
     options = _kernel_options(query, key, value, block_mask, backend)
-    decodes, compiling = options["BACKEND"] == "TRITON_DECODE", torch.compiler.is_compiling()
-    if decodes and not compiling and query.shape[0] & query.shape[0] - 1:
+    if torch.compiler.is_compiling():
+        return _flex_attention(query, key, value, score_mod, block_mask, scale, options, return_lse)
+    if options["BACKEND"] == "TRITON_DECODE" and _largest_part(query.shape[0]) < query.shape[0]:
         return _decode_in_parts(query, key, value, block_mask, scale, score_mod, return_lse)
-    attend: Any = _flex_attention if compiling else _compiled_flex_attention()
-    return attend(query, key, value, score_mod, block_mask, scale, options, return_lse)
+    # Compiling flex runs autograd. Were that in the device's thread, it might wait there for another thread's
+    # first backward pass, which waits for the compiler.
+    with torch.autograd.set_multithreading_enabled(False):
+        compiled = _compiled_flex_attention()
+        return compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
+
+
+def _largest_part(batch_size: int) -> int:
+    """The decoding kernel is compiled for a batch size; these are few: 1 to 16, and powers of two."""
+    return batch_size if batch_size <= 16 else 1 << batch_size.bit_length() - 1
 
 
 def _decode_in_parts(
     query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool
 ) -> Any:
-    """The decoding kernel is compiled for a batch size: powers of two bound how many there are."""
-    lists = [
-        f"{kind}_{what}" for kind in ("kv", "full_kv", "q", "full_q") for what in ("num_blocks", "indices")
-    ]
-    results, start, batch_size = [], 0, query.shape[0]
-    while start < batch_size:
-        size = 1 << (batch_size - start).bit_length() - 1
-        rows, b_start = slice(start, start + size), torch.full((), start, device=query.device)
+    lists = [f"{x}_{y}" for x in ("kv", "full_kv", "q", "full_q") for y in ("num_blocks", "indices")]
+    results, start = [], 0
+    while start < query.shape[0]:
+        rows = slice(start, start + _largest_part(query.shape[0] - start))
+        b_start = torch.full((), start, device=query.device)
         mask, score = block_mask, score_mod
         if block_mask is not None:
             parts: Any = {name: getattr(block_mask, name) for name in lists}
@@ -392,7 +398,7 @@ def _decode_in_parts(
         if score_mod is not None:
             score = _shift_score(score_mod, b_start)
         results.append(_attend(query[rows], key[rows], value[rows], mask, scale, score, return_lse))
-        start += size
+        start = rows.stop
     return tuple(map(torch.cat, zip(*results, strict=True))) if return_lse else torch.cat(results)
 
 
@@ -513,6 +519,10 @@ def _check_inputs(
     transposed = key.dim() == 4 and key.shape[2] != pads.shape[1] == key.shape[1]
     _require(not transposed, "heads must stand before the length: pass x.transpose(1, 2)", **got)
     _check_tensors(**got)
+    if query.is_cuda and not torch.compiler.is_compiling():
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # no public name tells
+        rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
+        _require(not any(map(is_wrapped, (query, key, value))), rule)
     small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
     _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
     divides = query.shape[1] % key.shape[1] == 0

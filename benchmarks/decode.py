@@ -2,35 +2,63 @@
 
 python benchmarks/decode.py      on a CUDA card
 
-Sequences of varying length, padded on the left, and an eighth of the cache not written yet. Results go to
-benchmarks/results/decode.json.
+Sequences of varying length. Padded on the left they end together, where the cache is written to; padded on
+the right each has its query behind its own last token. Results go to benchmarks/results/decode.json.
 """
 
 import argparse
+import inspect
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Row, compile_afresh, milliseconds, save
+from common import RESULTS, Row, compile_afresh, milliseconds, padded, save
 from torch import Tensor
+from torch.nn.attention import varlen
 from tqdm import tqdm
 
-from causal_padded_flexattn import causal_padded_attention, create_causal_padding_block_mask
+import causal_padded_flexattn as cpf
 
-# B, Hq, Hkv, L, S, D
-SIZES = [
-    (8, 32, 8, 1, 4096, 128),
-    (32, 32, 8, 1, 4096, 128),
-    (8, 16, 16, 1, 4096, 64),
-    (1, 32, 8, 1, 131072, 128),
-    (8, 32, 8, 1, 32768, 128),
-    (13, 32, 8, 1, 4096, 128),
-    (8, 32, 8, 16, 4096, 128),
-    (8, 32, 8, 64, 4096, 128),
+
+@dataclass(frozen=True)
+class Step:
+    batch_size: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    side: str = "left"
+    filled: float = 7 / 8  # of the cache
+
+    def lengths(self) -> list[int]:
+        written, least = int(self.kv_len * self.filled), 0.25
+        shares = torch.linspace(least, 1, self.batch_size).tolist() if self.batch_size > 1 else [0.45]
+        return [max(self.q_len, int(written * (1 if self.side == "none" else share))) for share in shares]
+
+    def __str__(self) -> str:
+        heads = f"H{self.heads}/{self.kv_heads} D{self.head_dim}"
+        padding = "no padding" if self.side == "none" else f"{self.side} padding"
+        queries = f", {self.q_len} queries" if self.q_len > 1 else ""
+        return f"B{self.batch_size} S{self.kv_len} {heads}, {padding}, {self.filled:.3g} written{queries}"
+
+
+FIRST = Step(8, 32, 8, 1, 4096, 128)
+STEPS = [
+    FIRST,
+    replace(FIRST, batch_size=32),
+    replace(FIRST, heads=16, kv_heads=16, head_dim=64),
+    replace(FIRST, batch_size=1, kv_len=131072),
+    replace(FIRST, kv_len=32768),
+    replace(FIRST, batch_size=13),
+    replace(FIRST, q_len=16),
+    replace(FIRST, q_len=64),
+    *(replace(FIRST, side=side, filled=n) for side in ("left", "right", "none") for n in (1 / 8, 1 / 2, 1.0)),
 ]
-TINY = [(3, 4, 2, 1, 60, 16), (1, 2, 2, 5, 40, 16)]
 
 
 def copy_rate(device: str) -> float:
@@ -41,55 +69,115 @@ def copy_rate(device: str) -> float:
     return 2 * x.numel() / median * 1e3
 
 
-def cache_pads(batch_size: int, q_len: int, kv_len: int, device: str) -> tuple[Tensor, int]:
-    """(B, S), and the place of the first query: the longest sequence has no padding before it."""
-    written = kv_len - kv_len // 8
-    shares = torch.linspace(0.25, 1, batch_size) if batch_size > 1 else torch.tensor([0.45])
-    begin = (written - (shares * written).long()).to(device)[:, None]
-    place = torch.arange(kv_len, device=device)
-    return (place < begin) | (place >= written), written - q_len
+class Cache:
+    """The tensors of a step."""
+
+    def __init__(self, step: Step, device: str) -> None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        shapes = [(step.heads, step.q_len), *[(step.kv_heads, step.kv_len)] * 2]
+        self.inputs = [
+            torch.randn(step.batch_size, *shape, step.head_dim, device=device, dtype=dtype)
+            for shape in shapes
+        ]
+        self.step, self.written = step, int(step.kv_len * step.filled)
+        side = "left" if step.side == "left" else "right"
+        pads = padded(step.lengths(), self.written, side, device)
+        self.pads = F.pad(pads, (0, step.kv_len - self.written), value=True)  # (B, S)
+        self.lengths = torch.tensor(step.lengths(), dtype=torch.int32, device=device)  # (B,)
+
+    def make_block_mask(self) -> Callable[[], object]:
+        q_len, device = self.step.q_len, self.pads.device
+        if self.step.side == "right":  # one query, behind its own sequence: it sees all keys that are real
+            query_pads = torch.zeros(self.step.batch_size, 1, dtype=torch.bool, device=device)
+            more: dict = {"causal": False, "query_pads": query_pads}
+        else:
+            more = {"q_len": q_len, "q_offset": torch.tensor(self.written - q_len, device=device)}
+        return partial(cpf.create_causal_padding_block_mask, self.pads, **more)
+
+    def make_mask(self) -> Tensor:
+        """(B, 1, L, S); rows that see nothing, all."""
+        rows = self.written - self.step.q_len + torch.arange(self.step.q_len, device=self.pads.device)
+        seen = torch.arange(self.step.kv_len, device=self.pads.device) <= rows[:, None]
+        mask = (seen & ~self.pads[:, None])[:, None]
+        return mask | ~mask.any(-1, keepdim=True)
 
 
-def ways(inputs: list[Tensor], pads: Tensor, offset: int) -> dict[str, Callable[[], Tensor]]:
-    query, key = inputs[:2]
-    q_len, kv_len = query.shape[2], key.shape[2]
-    q_offset = torch.tensor(offset, device=pads.device)
-    block_mask = create_causal_padding_block_mask(pads, q_len, q_offset=q_offset)
-    rows = offset + torch.arange(q_len, device=pads.device)
-    seen = torch.arange(kv_len, device=pads.device) <= rows[:, None]
-    mask = (seen & ~pads[:, None])[:, None]  # (B, 1, L, S)
-    mask = mask | ~mask.any(-1, keepdim=True)
-    return {
-        "block mask": partial(create_causal_padding_block_mask, pads, q_len, q_offset=q_offset),
-        "ours": partial(causal_padded_attention, *inputs, pads, block_mask=block_mask),
-        "SDPA, mask row": partial(
-            F.scaled_dot_product_attention, *inputs, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
-        ),
-    }
+def ours(cache: Cache) -> Callable[[], Tensor]:
+    options = {"pads": cache.pads, "block_mask": cache.make_block_mask()()}
+    return partial(cpf.causal_padded_attention, *cache.inputs, **options)
+
+
+def sdpa(cache: Cache) -> Callable[[], Tensor]:
+    gqa = cache.step.heads != cache.step.kv_heads
+    return partial(F.scaled_dot_product_attention, *cache.inputs, attn_mask=cache.make_mask(), enable_gqa=gqa)
+
+
+def require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise NotImplementedError(reason)
+
+
+def flash_attention_4(cache: Cache) -> Callable[[], Tensor]:
+    require(cpf._HAS_FLASH, "is not installed")
+    require(cache.step.side != "left", "reads left padding")
+    require(cache.step.q_len == 1, "measured for one query")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    views = [x.transpose(1, 2) for x in cache.inputs]  # (B, S, H, D)
+    return lambda: flash_attn_varlen_func(*views, seqused_k=cache.lengths)[0].transpose(1, 2)
+
+
+def paged(cache: Cache) -> Callable[[], Tensor]:
+    """Torch's own, from a pool of pages: the cache in pages of 256 tokens."""
+    attend: Any = varlen.varlen_attn
+    known = cache.pads.is_cuda and "block_table" in inspect.signature(attend).parameters
+    require(known, "has no pages in this torch")
+    require(cache.step.side != "left", "reads left padding")
+    require(cache.step.q_len == 1, "measured for one query")
+    batch_size, pages = cache.step.batch_size, cache.step.kv_len // 256
+    pool = [x.transpose(1, 2).reshape(batch_size * pages, 256, *x.shape[1::2]) for x in cache.inputs[1:]]
+    query = cache.inputs[0].squeeze(2)  # (B, Hq, D)
+    numbers = torch.arange(batch_size * pages + 1, dtype=torch.int32, device=query.device)
+    starts = numbers[: batch_size + 1]
+    lengths = (starts, starts * cache.step.kv_len, 1, cache.step.kv_len)
+    options = {"seqused_k": cache.lengths, "block_table": numbers[:-1].view(batch_size, -1)}
+    return lambda: attend(query, *pool, *lengths, enable_gqa=True, **options).unsqueeze(2)
+
+
+WAYS = {
+    "ours": ours,
+    "SDPA, mask row": sdpa,
+    "FlashAttention-4, seqused_k": flash_attention_4,
+    "varlen_attn, paged": paged,
+}
 
 
 @torch.no_grad()
-def measure(size: tuple[int, ...], device: str, rate: float) -> list[Row]:
-    batch_size, heads, kv_heads, q_len, kv_len, head_dim = size
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pads, offset = cache_pads(batch_size, q_len, kv_len, device)
-    shapes = [(heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len)]
-    inputs = [torch.randn(batch_size, *shape, head_dim, device=device, dtype=dtype) for shape in shapes]
-    token = 2 * kv_heads * head_dim * dtype.itemsize  # key and value
-    real, rows = int((~pads).sum()), []
-    sizes = dict(zip(("batch_size", "heads", "kv_heads", "q_len", "kv_len", "head_dim"), size, strict=True))
-    sizes |= {"real_tokens": real, "limit_ms": real * token / rate * 1e3}
-    sizes |= {"limit_of_all_ms": pads.numel() * token / rate * 1e3}
-    results = {}
-    for way, run in ways(inputs, pads, offset).items():
+def measure(step: Step, device: str, rate: float) -> list[Row]:
+    cache, rows = Cache(step, device), []
+    token = 2 * step.kv_heads * step.head_dim * cache.inputs[0].element_size()  # key and value
+    limit = int(cache.lengths.sum()) * token / rate * 1e3
+    real = ~cache.pads[:, cache.written - step.q_len : cache.written]  # (B, L)
+    real = torch.ones_like(real) if step.side == "right" else real
+    expected = sdpa(cache)().transpose(1, 2)[real].float()
+    for way, make in {"block mask": Cache.make_block_mask, **WAYS}.items():
+        row: Row = {**asdict(step), "way": way, "limit_ms": limit}
+        rows.append(row)
+        try:
+            run = make(cache)
+            result: Any = run()
+        except (RuntimeError, TypeError, AssertionError) as reason:  # NotImplementedError is among them
+            if way in ("block mask", "ours", "SDPA, mask row"):
+                raise
+            row["not_measured"] = str(reason).partition("\n")[0]
+            continue
         if way != "block mask":
-            real_queries = ~pads[:, offset : offset + q_len]  # (B, L)
-            results[way] = run().transpose(1, 2)[real_queries].float()
-        quartiles, host = milliseconds(run, device)
-        rows.append({**sizes, "way": way, "ms": quartiles[1], "quartiles": quartiles, "host_ms": host})
-    difference = (results["ours"] - results["SDPA, mask row"]).abs().max()
-    if not difference < 2e-2 * results["SDPA, mask row"].abs().max():
-        raise ValueError(f"{size}: ours and SDPA differ by {difference}")
+            error = (result.transpose(1, 2)[real] - expected).abs().max()
+            if not error < 2e-2 * expected.abs().max():
+                raise ValueError(f"{step}: {way} and SDPA differ by {error}")
+        row["quartiles"], row["host_ms"] = milliseconds(run, device)
+        row["ms"] = row["quartiles"][1]
+        tqdm.write(f"{step}: {way}: {row['ms']:.4f} ms, limit {limit:.4f}")
     return rows
 
 
@@ -103,9 +191,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     compile_afresh()
-    rate, rows = copy_rate(args.device), []
-    for size in tqdm(SIZES if args.device == "cuda" else TINY, desc="decode"):
-        rows += measure(size, args.device, rate)  # one process: every size comes after other batch sizes
+    rate, rows, steps = copy_rate(args.device), [], STEPS
+    if args.device == "cpu":
+        tiny = {"batch_size": 3, "heads": 4, "kv_heads": 2, "kv_len": 64, "head_dim": 16}
+        steps = [replace(step, **tiny, q_len=min(step.q_len, 5)) for step in STEPS]
+    for step in tqdm(steps, desc="decode"):
+        rows += measure(step, args.device, rate)  # one process: every size comes after other batch sizes
         save("decode", rows, args.results, args.device, copy_bytes_per_s=rate)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, Case, load, made_with
+from decode import WAYS, Step
 from models import ROUNDS
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -136,7 +137,22 @@ def window_table(folder: Path, name: str = "window") -> str:
     return "\n".join([*lines, "", per_pair, "", made_with(result)])
 
 
+def decode_table(folder: Path) -> str:
+    """A step's milliseconds and its host's, and the limit: the bytes of the real keys and values, copied."""
+    result = load("decode", folder)
+    cells: dict[Step, dict[str, str]] = {}
+    for row in result["results"]:
+        step = Step(**{name: row[name] for name in Step.__dataclass_fields__})
+        of_step = cells.setdefault(step, {"limit": f"{row['limit_ms']:.3f}"})
+        of_step[row["way"]] = f"{row['ms']:.3f} ({row['host_ms']:.2f})" if "ms" in row else ""
+    ways = ["limit", "ours", *list(WAYS)[1:], "block mask"]
+    rows = [[str(step), *(row[way] for way in ways)] for step, row in cells.items()]
+    header = ["ms (host ms)", *ways[:-1], "our block mask, once for all layers"]
+    return "\n".join([*table(header, rows), "", made_with(result)])
+
+
 TABLES = {
+    "decode": decode_table,
     "block-mask": block_mask_table,
     "stream": stream_table,
     "attention": attention_table,

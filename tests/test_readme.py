@@ -72,9 +72,18 @@ def test_the_figures_are_those_of_a_run() -> None:
                 rf"^\| {row['batch_size']} x {report.spaced(row['kv_len'])} \|.*$", README, re.MULTILINE
             )
             assert shown in line.group()
-    for name in ("block-mask", "stream", "attention", "scaling", "transformers", "window", "documents"):
+    for name in (
+        "block-mask",
+        "stream",
+        "attention",
+        "scaling",
+        "transformers",
+        "window",
+        "documents",
+        "decode",
+    ):
         assert report.TABLES[name](RESULTS) in TABLES
-    for name in ("block-mask", "documents"):
+    for name in ("block-mask", "window", "documents", "decode"):
         assert report.TABLES[name](RESULTS / "torch-2.11") in TABLES
     assert sequence_parallel.table(RESULTS) in TABLES
 
