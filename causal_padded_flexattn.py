@@ -66,37 +66,32 @@ def _check_tensors(**tensors: Any) -> None:
     """Against their shapes and each other. No check in this file waits for the device."""
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
-        if x is None and name in ("documents", "query_pads"):
-            continue
         plain = isinstance(x, Tensor) and not hasattr(x, "to_local")
-        _require(plain, "{} must be a plain tensor (x.to_local() of a DTensor)", TypeError, name, got=type(x))
+        _require(plain, f"{name} must be a plain tensor (x.to_local() of a DTensor)", TypeError, type=type(x))
         kind, right = "torch.bool, True where padding: attention_mask == 0", x.dtype == torch.bool
         if name == "documents":
             kind, right = "integers", not (x.is_floating_point() or x.dtype == torch.bool)
         elif name in ("query", "key", "value"):
             kind, right = "of one dtype with query: cast it", x.dtype == tensors["query"].dtype
-        _require(right, "{} must be {}", TypeError, name, kind, **tensors)
-        letters, shape = _SHAPES.get(name, ("B", "S")), x.shape
-        fits = len(shape) == len(letters) and 0 not in shape
-        for letter, size in zip(letters, shape, strict=False):
-            fits = fits and sizes.setdefault(letter, size) == size
-        _require(
-            fits, "{} must be ({}), not 0, and agree with the others", ValueError, name, letters, **tensors
-        )
+        _require(right, f"{name} must be {kind}", TypeError, **tensors)
+        letters = _SHAPES.get(name, "B, S").split(", ")
+        pairs = zip(letters, x.shape, strict=False)
+        fits = x.dim() == len(letters) and 0 not in x.shape
+        fits = fits and all(sizes.setdefault(letter, size) == size for letter, size in pairs)
+        rule = f"{name} must be ({', '.join(letters)}), not 0, and agree with the others"
+        _require(fits, rule, **tensors)
         here = x.device == tensors["pads"].device
-        _require(here, "{} must be on the device of pads: move it", ValueError, name, **tensors)
+        _require(here, f"{name} must be on the device of pads: move it", **tensors)
 
 
-_SHAPES: dict[str, tuple[str, ...]] = {"query": ("B", "Hq", "L", "E"), "query_pads": ("B", "L")}
-_SHAPES |= {"key": ("B", "Hkv", "S", "E"), "value": ("B", "Hkv", "S", "Ev")}
+_SHAPES = {"query": "B, Hq, L, E", "key": "B, Hkv, S, E", "value": "B, Hkv, S, Ev", "query_pads": "B, L"}
 
 
-def _require(holds: bool, rule: str, error: type[Exception] = ValueError, /, *words: Any, **got: Any) -> None:
-    if not holds:  # only now is anything formatted
-        words = tuple(", ".join(word) if isinstance(word, tuple) else word for word in words)
-        show: Any = lambda x: (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x  # noqa: E731
-        found = ", ".join(f"{name} {show(x)!r}" for name, x in got.items() if x is not None)
-        raise error(f"{rule.format(*words)}" + (f"; got {found}" if found else ""))
+def _require(holds: bool, rule: str, error: Any = ValueError, /, **got: Any) -> None:
+    if not holds:  # only now are values formatted
+        show = [(name, x) for name, x in got.items() if x is not None]
+        show = [(n, (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x) for n, x in show]
+        raise error(f"{rule}; got {', '.join(f'{name} {x!r}' for name, x in show)}")
 
 
 # ---- 2. The block mask ------------------------------------------------------------------------------------
@@ -142,7 +137,7 @@ def create_causal_padding_block_mask(
     rows: Any = slice(q_offset, q_offset + q_len)
     if isinstance(q_offset, Tensor):
         rows = q_offset.reshape(1) if q_len == 1 else places[:q_len] + q_offset
-    positions = rows if isinstance(rows, Tensor) else places[rows] if q_len < kv_len else places
+    positions = rows if isinstance(rows, Tensor) else places[rows]
 
     # The run of keys that each query sees: (L,) or (B, L).
     first, last = None, positions if causal else places[-1]
@@ -161,7 +156,7 @@ def create_causal_padding_block_mask(
 
     # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
     far = 2 * kv_len
-    q_pads = query_pads if query_pads is not None else pads if q_len == kv_len else pads[:, rows]
+    q_pads = pads[:, rows] if query_pads is None else query_pads
     few = q_len <= min(_FEW, q_block) and not torch.is_grad_enabled()
     # One block, however short; but flex on the CPU, and kernels for whole sequences, ask for all its rows.
     of_queries = q_len if few and pads.is_cuda and q_len < kv_len else q_block
@@ -177,14 +172,13 @@ def create_causal_padding_block_mask(
     most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
     dtype = torch.int32 if few or most >= 2**15 else torch.int16 if most >= 2**7 else torch.int8
     numbers = torch.arange(1, most + 1, dtype=dtype, device=device)
-    list_tiles: Any = _opaque_list_tiles if torch.compiler.is_compiling() else _list_tiles
     # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
     # wrongly, so these come from the comparison turned round, not from transposed tiles.
     if few:  # the decoding kernel shares out the tiles of one list evenly, and has no backward pass
-        one = list_tiles([x[:1] for x in q_ends], [x[:1] for x in kv_ends], numbers, False)
+        one = _list_tiles([x[:1] for x in q_ends], [x[:1] for x in kv_ends], numbers, False)
         lists: Any = [one[0][0], one[1][0], *[None] * 6]
     else:
-        both = list_tiles(q_ends, kv_ends, numbers, False), list_tiles(kv_ends, q_ends, numbers, True)
+        both = _list_tiles(q_ends, kv_ends, numbers, False), _list_tiles(kv_ends, q_ends, numbers, True)
         lists = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
 
     # These capture tensors: an int would be compiled in, a kernel for every decoding step.
@@ -203,7 +197,8 @@ def _find_queries(
     pads: Tensor, q_len: Any, q_offset: Any, causal: bool, window: Any, documents: Any, query_pads: Any
 ) -> tuple[int, Any]:
     """How many queries there are, and from which place on; or what does not fit."""
-    _check_tensors(pads=pads, documents=documents, query_pads=query_pads)
+    more = {"documents": documents, "query_pads": query_pads}
+    _check_tensors(pads=pads, **{name: x for name, x in more.items() if x is not None})
     kv_len, got = pads.shape[1], {"q_len": q_len, "q_offset": q_offset, "pads": pads}
     if window is not None:
         _require(type(window) is int, "window must be an int, or None for all keys", TypeError, window=window)
@@ -234,18 +229,30 @@ def _blocks(places: Tensor, block: int, outside: int, order: tuple[int, int]) ->
     if block == 1:
         return places, places[None, :, None, :, None].expand(2, -1, -1, -1, -1)
     if places.shape[1] % block:
-        fill = _opaque_fill if torch.compiler.is_compiling() else _fill
-        places = fill(places, -places.shape[1] % block, outside)
+        places = _fill(places, -places.shape[1] % block, outside)
     in_blocks = places.view(places.shape[0], 1, -1, block)
     ends = places.new_empty(2, *in_blocks.shape[:-1], 1)
     torch.aminmax(in_blocks, dim=-1, keepdim=True, out=(ends[order[0]], ends[order[1]]))
     return places, ends
 
 
+def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In a graph of the caller's, an operator that the compiler does not see into.
+
+    It would lay the lists out as it likes, and flex read them as if contiguous: wrong results; and torch 2.11
+    compiles no mask_mod that looks up in what was filled up there.
+    """
+    operator = torch.library.custom_op(f"causal_padded::{function.__name__}", function, mutates_args=())
+    operator.register_fake(function)
+    return lambda *x: operator(*x) if torch.compiler.is_compiling() else function(*x)
+
+
+@_opaque
 def _fill(places: Tensor, missing: int, value: int) -> Tensor:
     return F.pad(places, (0, missing), value=value)
 
 
+@_opaque
 def _list_tiles(
     rows: list[Tensor], columns: list[Tensor], numbers: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -268,15 +275,6 @@ def _list_tiles(
     count = rank.select(-1, -1)
     wanted = torch.minimum(numbers[: rank.shape[-1]], count.unsqueeze(-1))
     return count.int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
-
-
-# In a graph of the caller's, the compiler would lay the lists out as it likes, and flex read them as if
-# contiguous: wrong results; torch 2.11 compiles no mask_mod that looks up in what is padded there. What
-# happens within an operator of its own the compiler does not see.
-_opaque_list_tiles = torch.library.custom_op("causal_padded::list_tiles", _list_tiles, mutates_args=())
-_opaque_list_tiles.register_fake(_list_tiles)
-_opaque_fill = torch.library.custom_op("causal_padded::fill", _fill, mutates_args=())
-_opaque_fill.register_fake(_fill)
 
 
 # ---- 3. Attention -----------------------------------------------------------------------------------------
@@ -367,47 +365,37 @@ def _attend(
     options = _kernel_options(query, key, value, block_mask, backend)
     if torch.compiler.is_compiling():
         return _flex_attention(query, key, value, score_mod, block_mask, scale, options, return_lse)
-    if options["BACKEND"] == "TRITON_DECODE" and _largest_part(query.shape[0]) < query.shape[0]:
-        return _decode_in_parts(query, key, value, block_mask, scale, score_mod, return_lse)
     # Compiling flex runs autograd. Were that in the device's thread, it might wait there for another thread's
     # first backward pass, which waits for the compiler.
     with torch.autograd.set_multithreading_enabled(False):
-        compiled = _compiled_flex_attention()
-        return compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
-
-
-def _largest_part(batch_size: int) -> int:
-    """The decoding kernel is compiled for a batch size; these are few: 1 to 16, and powers of two."""
-    return batch_size if batch_size <= 16 else 1 << batch_size.bit_length() - 1
-
-
-def _decode_in_parts(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool
-) -> Any:
-    lists = [f"{x}_{y}" for x in ("kv", "full_kv", "q", "full_q") for y in ("num_blocks", "indices")]
-    results, start = [], 0
-    while start < query.shape[0]:
-        rows = slice(start, start + _largest_part(query.shape[0] - start))
-        b_start = torch.full((), start, device=query.device)
-        mask, score = block_mask, score_mod
-        if block_mask is not None:
-            parts: Any = {name: getattr(block_mask, name) for name in lists}
-            parts = {name: None if x is None else x[rows] for name, x in parts.items()}
-            parts["mask_mod"] = _shift_mask(block_mask.mask_mod, b_start)
-            mask = BlockMask(block_mask.seq_lengths, **parts, BLOCK_SIZE=block_mask.BLOCK_SIZE)
-        if score_mod is not None:
-            score = _shift_score(score_mod, b_start)
-        results.append(_attend(query[rows], key[rows], value[rows], mask, scale, score, return_lse))
-        start = rows.stop
+        compiled, batch_size = _compiled_flex_attention(), query.shape[0]
+        if options["BACKEND"] != "TRITON_DECODE" or _part_of(batch_size) == batch_size:
+            return compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
+        results, start = [], 0
+        while start < batch_size:
+            rows = slice(start, start + _part_of(batch_size - start))
+            q, k, v = query[rows], key[rows], value[rows]
+            mods = _select(score_mod, block_mask, rows, torch.full((), start, device=query.device))
+            options = _kernel_options(q, k, v, block_mask)
+            results.append(compiled(q, k, v, *mods, scale, options, return_lse))
+            start = rows.stop
     return tuple(map(torch.cat, zip(*results, strict=True))) if return_lse else torch.cat(results)
 
 
-def _shift_mask(mask_mod: Any, b_start: Tensor) -> Any:
-    return lambda b, h, q_idx, kv_idx: mask_mod(b + b_start, h, q_idx, kv_idx)
+def _part_of(batch_size: int) -> int:
+    """The decoding kernel is compiled for a batch size. Let there be few: 1 to 16, and powers of two."""
+    return batch_size if batch_size <= 16 else 1 << batch_size.bit_length() - 1
 
 
-def _shift_score(score_mod: Any, b_start: Tensor) -> Any:
-    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b + b_start, h, q_idx, kv_idx)
+def _select(score_mod: Any, block_mask: Any, rows: slice, start: Tensor) -> tuple[Any, Any]:
+    """The score_mod and the block mask of some sequences of a batch."""
+    part, score, mask_mod = None, None, None if block_mask is None else block_mask.mask_mod
+    if score_mod is not None:
+        score = lambda s, b, h, q_idx, kv_idx: score_mod(s, b + start, h, q_idx, kv_idx)  # noqa: E731
+    if mask_mod is not None:
+        part = block_mask[rows]
+        part.mask_mod = lambda b, h, q_idx, kv_idx: mask_mod(b + start, h, q_idx, kv_idx)
+    return score, part
 
 
 def _flex_attention(
@@ -476,6 +464,7 @@ def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
 def _kernel_options(
     query: Tensor, key: Tensor, value: Tensor, block_mask: Any, backend: str = "triton"
 ) -> dict[str, Any]:
+    """What was measured on an H100 is used on Hopper; elsewhere torch chooses."""
     if backend == "flash":
         return {"BACKEND": "FLASH"}
     group, on_hopper = query.shape[1] // key.shape[1], _is_on_hopper(query)
@@ -485,8 +474,7 @@ def _kernel_options(
     decodes = query.shape[2] <= _FEW and group & group - 1 == 0 and not (blocks[0] % rows or blocks[1] % 64)
     if decodes and (block_mask is None or block_mask.shape[1] == 1):
         options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
-        if on_hopper:
-            # Measured on an H100: loads that run ahead, as far as they fit, and work for the whole card.
+        if on_hopper:  # loads that run ahead, as far as they fit, and work for the whole card
             stages, work = 3 if width <= 256 else 2 if width <= 512 else 1, 1024 if rows <= 16 else 256
             split = min(32, max(1, work // (query.shape[0] * key.shape[1])))
             options |= {"fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
@@ -497,11 +485,10 @@ def _kernel_options(
     divisible = not any(length % 128 or length % block for length, block in lengths)
     # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
     options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
-    if query.shape[2] < 128 and width == 256 and on_hopper:
-        # Measured on an H100: half the time of torch's tiles, of which so few queries leave most empty.
+    if query.shape[2] < 128 and width == 256 and on_hopper:  # half the time of torch's, mostly empty, tiles
         options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
     if query.shape[3] <= 64 and query.element_size() == 2 and on_hopper:
-        # Measured on an H100: torch's own tiles spill registers forward there, and are slower backward.
+        # Torch's own tiles spill registers forward there, and are slower backward.
         options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
         options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
     return options
@@ -543,8 +530,7 @@ def _check_inputs(
         _require(both_ways, "block_mask was made under torch.no_grad: make it where gradients are wanted")
 
 
-# Now, as a compiled model cannot find out.
-_HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))
+_HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # which a compiled model cannot ask
 _FLASH_FROM = 1e11  # B Hq L S E
 
 
@@ -559,19 +545,17 @@ def _is_faster_with_flash(query: Tensor, key: Tensor, block_mask: BlockMask | No
 def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, lse: bool) -> str | None:
     """What the FLASH kernel needs and lacks, if anything."""
     sizes = (query.shape[3], value.shape[3])
-    for holds, need in (
-        (_HAS_FLASH, "the package flash-attn-4 (pip install --pre flash-attn-4)"),
-        (_is_on_hopper(query), "a Hopper card, the only kind it was tried on"),
-        (query.dtype in (torch.float16, torch.bfloat16), "float16 or bfloat16"),
+    needs = {
+        "the package flash-attn-4 (pip install --pre flash-attn-4)": _HAS_FLASH,
+        "a Hopper card, the only kind it was tried on": _is_on_hopper(query),
+        "float16 or bfloat16": query.dtype in (torch.float16, torch.bfloat16),
         # Those of which its tiles divide 128.
-        (not any(size % 8 or size > 128 for size in sizes), "head sizes that are multiples of 8 up to 128"),
+        "head sizes that are multiples of 8 up to 128": not any(size % 8 or size > 128 for size in sizes),
         # Torch 2.11 compiles few of the one there, and scales the other wrongly.
-        (score_mod is None and not lse, "neither score_mod nor return_lse"),
-        (query.shape[2] == key.shape[2], "as many queries as keys"),
-    ):
-        if not holds:
-            return need
-    return None
+        "neither score_mod nor return_lse": score_mod is None and not lse,
+        "as many queries as keys": query.shape[2] == key.shape[2],
+    }
+    return next((need for need, holds in needs.items() if not holds), None)
 
 
 # ---- all above is one piece to paste; it needs torch alone ------------------------------------------------

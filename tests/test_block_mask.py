@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, noop_mask
 
 from causal_padded_flexattn import (
-    _opaque_fill,
-    _opaque_list_tiles,
     causal,
     create_causal_padding_block_mask,
     create_padding_mask,
@@ -193,11 +191,13 @@ def test_defaults(device: str) -> None:
 def test_the_operator_that_hides_the_lists_from_the_compiler(device: str, q_len: int) -> None:
     ends = torch.randint(0, 700, (2, 3, 1, 12, 1), device=device, dtype=torch.int32).sort(0).values
     queries, keys = ends[:, :, :, : -(-q_len // 128)].flip(0), ends[:, :, :, 6:]
-    numbers = torch.arange(1, 7, dtype=torch.int8, device=device)
+    numbers, operators = torch.arange(1, 7, dtype=torch.int8, device=device), torch.ops.causal_padded
     for rows, columns in (([queries], [keys]), ([queries, queries.flip(0)], [keys, keys.flip(0)])):
-        torch.library.opcheck(_opaque_list_tiles, (rows, columns, numbers, False))
-        torch.library.opcheck(_opaque_list_tiles, (columns, rows, numbers, True))
-    torch.library.opcheck(_opaque_fill, (torch.zeros(3, q_len, dtype=torch.int32, device=device), 28, -1))
+        torch.library.opcheck(operators._list_tiles.default, (rows, columns, numbers, False))
+        torch.library.opcheck(operators._list_tiles.default, (columns, rows, numbers, True))
+    torch.library.opcheck(
+        operators._fill.default, (torch.zeros(3, q_len, dtype=torch.int32, device=device), 28, -1)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
