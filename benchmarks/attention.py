@@ -1,7 +1,7 @@
 """What causal attention over a padded batch costs, each way of doing it.
 
 python benchmarks/attention.py attention | scaling | window | documents      on a CUDA card
-Results go to benchmarks/results/NAME.json, with the card and the versions; benchmarks/report.py shows them.
+Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
 """
 
 import argparse
@@ -234,9 +234,14 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", default=[""], help="those of this name, or whose name contains it"
     )
+    parser.add_argument(
+        "--cases", nargs="+", type=int, metavar="N", help="places in the list; all if left out"
+    )
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
-    cases = CASES[args.what]
+    cases = [
+        case for i, case in enumerate(CASES[args.what]) if i in (args.cases or range(len(CASES[args.what])))
+    ]
     if args.device == "cpu":
         small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
         cases = [replace(case, **small, window=case.window and 8) for case in cases]

@@ -1,6 +1,6 @@
-"""Training steps whose shapes change: attention alone, and models of transformers.
+"""Training steps of changing shapes, attention alone and models of transformers; decoding; first steps.
 
-python benchmarks/models.py stream | transformers      on a CUDA card
+python benchmarks/models.py stream | transformers | generate | first-step      on a CUDA card
 
 Each way runs in a process of its own that starts with nothing compiled. Results go to
 benchmarks/results/NAME.json; benchmarks/report.py shows them.
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, Row, right_padding, save, synchronize
+from common import RESULTS, Row, padded, right_padding, save, synchronize
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
@@ -38,6 +38,8 @@ MODELS = {
     "ours": "flex_attention, after register_transformers()",
 }
 KINDS = ("llama", "mistral", "gemma3")
+CACHES = ("dynamic", "static")
+KEPT = ("nothing kept", "cache folders kept", "artifacts loaded")
 SIZES_OF_MODEL = 5
 # The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
 ROUNDS = [1] * 4 + [2] * 3 + [4] * 3
@@ -97,18 +99,74 @@ def make_model(kind: str, scale: int) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
-def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
-    """Padded batches of varying size through a small model, forward and backward, again and again."""
+def model_for(way: str, kind: str, device: str) -> tuple[torch.nn.Module, int]:
+    """With its attention; and by how much it is smaller, for the CPU to try it out."""
     from transformers import AttentionMaskInterface
 
     if way == "mask":
         AttentionMaskInterface.register("flex_attention", transformers_block_mask)
     if way == "ours":
         register_transformers()
-    scale = 1 if device == "cuda" else 32  # the CPU tries it out
+    scale = 1 if device == "cuda" else 32
     torch.manual_seed(0)
     model = make_model(kind, scale).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     model.set_attn_implementation("sdpa" if way == "sdpa" else "flex_attention")
+    return model, scale
+
+
+def generate_of(way: str, kind: str, cache: str, device: str, rounds: int) -> None:
+    """128 new tokens for eight prompts of 500 to 2000, padded on the left, again and again."""
+    model, scale = model_for(way, kind, device)
+    length, new = 2000 // scale, 128 // scale
+    lengths = torch.linspace(500 // scale, length, 8).long().tolist()
+    attention_mask = (~padded(lengths, length, "left", device)).long()
+    input_ids = torch.randint(1, 32000 // scale, (8, length), generator=torch.Generator().manual_seed(0))
+    prompts = {"input_ids": input_ids.to(device), "attention_mask": attention_mask}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    for round_ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        tokens = model.eval().generate(**prompts, **options, cache_implementation=cache)[:, length:]
+        synchronize(device)
+        step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
+        print(
+            json.dumps({"round": round_, "tokens": tokens.numel(), "sum": int(tokens.sum()), **step}),
+            flush=True,
+        )
+
+
+def first_step(artifacts: Path, device: str) -> None:
+    """One training step of attention in this process, with what another process has kept, if it has."""
+    length, dtype = (2048, torch.bfloat16) if device == "cuda" else (64, torch.float32)
+    pads = right_padding(4, length, torch.Generator().manual_seed(0), device)
+    inputs = torch.randn(3, 4, 4, length, 64, device=device, dtype=dtype, requires_grad=True)
+    synchronize(device)
+    start = time.perf_counter()
+    if artifacts.exists():
+        torch.compiler.load_cache_artifacts(artifacts.read_bytes())
+    output = causal_padded_attention(*inputs, pads)
+    output.backward(torch.ones_like(output))
+    synchronize(device)
+    print(json.dumps({"seconds": time.perf_counter() - start, "compilations": compilations()}), flush=True)
+    made = torch.compiler.save_cache_artifacts()
+    if made is not None and not artifacts.exists():
+        artifacts.write_bytes(made[0])
+
+
+def measure_first_steps(device: str, limit: float) -> list[Row]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for way in KEPT:
+            cold = Path(folder) / ("another" if way == "artifacts loaded" else "first")
+            artifacts = Path(folder) / ("unused" if way == "cache folders kept" else "artifacts")
+            arguments = ["first-step-of", "--device", device, "--artifacts", str(artifacts)]
+            rows.append({"way": way} | measure(arguments, 1, limit, str(cold)))
+    return rows
+
+
+def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
+    """Padded batches of varying size through a small model, forward and backward, again and again."""
+    model, scale = model_for(way, kind, device)
     for round_, longer in enumerate(ROUNDS[:rounds]):
         generator = torch.Generator().manual_seed(0)
         for _ in range(SIZES_OF_MODEL):
@@ -128,10 +186,11 @@ def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
             model.zero_grad()
 
 
-def measure(arguments: list[str], steps: int, limit: float) -> Row:
-    """A process that starts with nothing compiled: its steps, and their sum."""
+def measure(arguments: list[str], steps: int, limit: float, kept: str | None = None) -> Row:
+    """A process that starts with nothing compiled, or with what a folder keeps: its steps, and their sum."""
     with tempfile.TemporaryDirectory() as cold:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
+        folder = kept or cold
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
         command = ["timeout", str(limit), sys.executable, __file__, *arguments]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -147,34 +206,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["stream", "transformers", "stream-of", "transformers-of"])
+    whats = ["stream", "transformers", "generate", "first-step"]
+    parser.add_argument("what", choices=whats + [f"{what}-of" for what in whats])
     parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries transformers out"
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream out"
     )
     parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers")
-    parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="of transformers: the first compiles")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to generate with")
+    parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="of models: the first compiles")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--artifacts", type=Path, help="for first-step-of")
     args = parser.parse_args()
     if args.what == "stream-of":
         return stream_of(args.of[0])
     if args.what == "transformers-of":
         return transformers_of(args.of[0], args.models[0], args.device, args.rounds)
+    if args.what == "generate-of":
+        return generate_of(args.of[0], args.models[0], args.caches[0], args.device, args.rounds)
+    if args.what == "first-step-of":
+        return first_step(args.artifacts, args.device)
+    if args.what == "first-step":
+        return save("first_step", measure_first_steps(args.device, args.limit), args.results, args.device)
     is_stream = args.what == "stream"
     names = STREAM if is_stream else MODELS
     ways = [
-        (way, kind)
+        (way, kind, cache)
         for kind in ([""] if is_stream else args.models)
+        for cache in (args.caches if args.what == "generate" else [""])
         for way in names
         if way in (args.of or names)
     ]
     rows = []
-    for way, kind in tqdm(ways, desc=args.what):
+    for way, kind, cache in tqdm(ways, desc=args.what):
         arguments = [f"{args.what}-of", "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
-        arguments += ["--models", kind] if kind else []
-        steps = BATCHES if is_stream else args.rounds * SIZES_OF_MODEL
-        row = {"way": names[way], "model": kind} | measure(arguments, steps, args.limit)
+        arguments += (["--models", kind] if kind else []) + (["--caches", cache] if cache else [])
+        steps = BATCHES if is_stream else args.rounds * (1 if cache else SIZES_OF_MODEL)
+        row = {"way": names[way], "model": kind, "cache": cache} | measure(arguments, steps, args.limit)
         rows.append(row)
         tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
         save(args.what, rows, args.results, args.device)

@@ -1,20 +1,14 @@
-"""Tables and plots of what was measured.
-
-python benchmarks/report.py table NAME        attention, scaling, window, documents, block-mask, stream, ...
-python benchmarks/report.py plot | tiles      into benchmarks/results
-"""
+"""Tables of what was measured: python benchmarks/report.py WHICH."""
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
-import torch
+from attention import LARGE, SMALL
 from common import RESULTS, Case, load, made_with
 from decode import WAYS, Step
-from models import ROUNDS
-from torch.nn.attention.flex_attention import BlockMask
-
-from causal_padded_flexattn import create_causal_padding_block_mask
+from models import CACHES, ROUNDS
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -163,103 +157,80 @@ TABLES = {
 }
 
 
-def plot(folder: Path) -> None:
-    """Bars of the first case of the attention, and times against length; told apart without colour."""
-    from matplotlib.figure import Figure
-
+def readme_speed(folder: Path) -> str:
+    """Forward and backward together, and a decoding step: the fastest ways that the tables have."""
+    steps, cells = load("decode", folder), dict[str, list[str]]()
     result = load("attention", folder)
-    measured = [row for row in result["results"] if "forward_ms" in row]
-    case = Case.of(measured[0])
-    first = [row for row in measured if Case.of(row) == case][::-1]
-    figure = Figure(figsize=(9, 0.45 * len(first) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    for passes, shift, hatch, shade in (
-        ("forward_ms", 0.2, "", "0.35"),
-        ("backward_ms", -0.2, "////", "0.85"),
-    ):
-        style = {"height": 0.4, "hatch": hatch, "color": shade, "edgecolor": "0.2"}
-        medians, at = [row[passes][1] for row in first], [place + shift for place in range(len(first))]
-        bars = axes.barh(at, medians, label=passes.removesuffix("_ms"), **style)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axes.set(xscale="log", xlabel="ms, on a log axis")
-    figure.suptitle(f"{case}\n{made_with(result)}", fontsize=9)
-    axes.set_yticks(range(len(first)), [row["way"] for row in first])
-    axes.legend(loc="lower right")
-    axes.margins(x=0.15)
-    figure.savefig(folder / "attention.png", dpi=120)
-
-    result = load("scaling", folder)
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    ways = list(dict.fromkeys(row["way"] for row in result["results"]))
-    for axes, passes in zip(both, ("forward_ms", "backward_ms"), strict=True):
-        for i, way in enumerate(ways):
-            rows = [row for row in result["results"] if row["way"] == way and passes in row]
-            style = {"marker": "osv^Dx*+P<>hpd"[i % 14], "linewidth": 3 if i == 0 else 1.5}  # ours thick
-            style |= {"linestyle": ["-", "--", ":"][i % 3], "color": str(0.15 * (i % 4)), "label": way}
-            axes.plot([row["kv_len"] for row in rows], [row[passes][1] for row in rows], **style)
-        axes.set(yscale="log", xlabel="max_seq_len", title=passes.removesuffix("_ms"))
-        axes.set_xscale("log", base=2)
-    both[0].set_ylabel("ms")
-    figure.legend(*both[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    figure.suptitle(f"131 072 tokens a batch, H16 D128, 40 % right padding\n{made_with(result)}", fontsize=9)
-    figure.savefig(folder / "scaling.png", dpi=120)
+    cases = [LARGE, SMALL, replace(SMALL, side="left")]
+    for row in result["results"]:
+        if (case := Case.of(row)) in cases and row["way"] in SHOWN:
+            of_way = cells.setdefault(row["way"], [""] * 4)
+            if "forward_ms" in row:
+                of_way[cases.index(case)] = f"{row['forward_ms'][1] + row['backward_ms'][1]:.2f}"
+    for row in steps["results"][: len(WAYS) + 1]:  # the first step of the table
+        way = next((way for way, of_step in SHOWN.items() if of_step == row["way"]), None)
+        if way and "ms" in row:
+            cells[way][3] = f"{row['ms']:.3f}"
+    header = ["ms", "4 x 16 384, right", "8 x 4 096, right", "8 x 4 096, left", "a decoding step"]
+    made = dict.fromkeys((made_with(result), made_with(steps)))
+    return "\n".join([*table(header, [[way, *row] for way, row in cells.items()]), "", *made])
 
 
-def tiles(folder: Path) -> None:
-    """What a BlockMask makes of right padding, of left padding, of holes, of a window and of documents."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    names, shades = ["skipped", "partial: asks the mask_mod", "full"], ["white", "#fdae61", "#2c5985"]
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    kinds = kinds_of_tiles()
-    for axes, (name, (pads, more)) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
-        block_mask = create_causal_padding_block_mask(pads[None], **more)
-        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-        assert counts is not None and indices is not None
-        shown = (
-            block_mask.to_dense() + BlockMask.from_kv_blocks(counts, indices).to_dense()
-        )  # full ones count twice
-        axes.pcolormesh(
-            shown[0, 0], cmap=ListedColormap(shades), vmin=0, vmax=2, edgecolor="0.7", linewidth=0.5
-        )
-        ticks = range(0, 17, 4)
-        axes.set(
-            title=name, xlabel="key block", ylabel="query block", aspect="equal", xticks=ticks, yticks=ticks
-        )
-        axes.invert_yaxis()
-    patches = [
-        Patch(facecolor=shade, edgecolor="0.7", label=name) for name, shade in zip(names, shades, strict=True)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3)
-    figure.savefig(folder / "tiles.png", dpi=120)
+# Of attention.py, and of decode.py.
+SHOWN = {
+    "ours, auto": "ours",
+    "ours, Triton": None,
+    "SDPA, explicit mask, cuDNN": "SDPA, mask row",
+    "SDPA, is_causal, cuDNN, computes the padding": None,
+    "FlashAttention-4 with lengths, padded rows zeroed": None,
+    "FlashAttention-4 varlen, padded to padded": None,
+}
 
 
-def kinds_of_tiles() -> dict:
-    """Of 16 x 128 tokens: pads, and what else the mask is made of."""
-    place = torch.arange(2048)
-    right = place >= 1358
-    return {
-        "right padding": (right, {}),
-        "left padding": (place < 690, {}),
-        "holes": ((place % 700 > 400) & (place < 1800), {}),
-        "right, window of 300": (right, {"window": 300}),
-        "right, three documents": (right, {"documents": (place // 500)[None]}),
-    }
+def readme_masks(folder: Path) -> str:
+    """Four lengths of the block masks' table."""
+    result = load("block_mask", folder)
+    ways = ["create_block_mask", "closed form", "closed form, window and documents"]
+    lines = block_mask_table(folder).splitlines()
+    names = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    places = [0, *map(names.index, ways)]
+    rows = [[line.split("|")[1:-1][i].strip() for i in places] for line in lines[3:7]]
+    return "\n".join([*table(["batch x length", *ways], rows), "", made_with(result)])
+
+
+def generate_table(folder: Path) -> str:
+    """Tokens a second, the median of all rounds but the first, which compiles; and that round's seconds."""
+    result, cells = load("generate", folder), dict[str, dict[str, str]]()
+    for row in result["results"]:
+        cell = f"stopped after {row.get('stopped_after_s', 0):.0f} s"
+        if "total_s" in row:
+            first, *others = row["steps"]
+            rate = statistics.median(step["tokens"] / step["seconds"] for step in others)
+            cell = f"{rate:.0f} ({first['seconds']:.0f} s)"
+        cells.setdefault(f"{row['model']}: {row['way']}", {})[row["cache"]] = cell
+    rows = [[way, *(row.get(cache, "") for cache in CACHES)] for way, row in cells.items()]
+    header = ["tokens a second (first round)", *(f"{cache} cache" for cache in CACHES)]
+    return "\n".join([*table(header, rows), "", made_with(result)])
+
+
+def first_step_table(folder: Path) -> str:
+    result = load("first_step", folder)
+    rows = [[row["way"], f"{row['total_s']:.1f} s"] for row in result["results"]]
+    return "\n".join([*table(["of another process", "first training step"], rows), "", made_with(result)])
+
+
+TABLES |= {"generate": generate_table, "first-step": first_step_table}
+TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["table", "plot", "tiles"])
-    parser.add_argument("which", nargs="?", choices=TABLES, default="attention", help="which table")
+    parser.add_argument("which", choices=TABLES)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
-    show = {"plot": plot, "tiles": tiles, "table": lambda folder: print(TABLES[args.which](folder))}
-    show[args.what](args.results)
+    print(TABLES[args.which](args.results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,24 @@
 """The references that the tests compare with, written without the module."""
 
+import os
+
 import pytest
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests are small, and pytest -n auto runs one for each core
+
 import torch
 from torch import Tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 _TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 PAIRS_OF_DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, _TWO_GPUS])]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return min(12, len(os.sched_getaffinity(0)))  # with CUDA each takes memory of the card and of the host
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ import block_mask
 import common
 import decode
 import models
+import plots
 import pytest
 import report
 import sequence_parallel
@@ -21,8 +22,12 @@ from PIL import Image
 
 
 def run(script: object, *arguments: str, folder: Path) -> None:
-    command = [sys.executable, script.__file__, *arguments, "--results", str(folder)]
-    subprocess.run(command, capture_output=True, check=True)
+    run_python(script.__file__, *arguments, "--results", str(folder))
+
+
+def run_python(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 RIGHT = common.Case(3, 40, 16, 4, 4, 40, "right")
@@ -136,6 +141,22 @@ def test_a_run_of_a_model(kind: str, rounds: int, tmp_path: Path) -> None:
         assert f"s | {' | '.join(f'{median:.0f} ms' for median in medians)} | 0 |" in table
 
 
+def test_the_same_tokens_are_generated(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--of", "sdpa", "ours", "--models", "llama", "--rounds", "2"]
+    run(models, "generate", *arguments, "--caches", "dynamic", folder=tmp_path)
+    sdpa, ours = (row["steps"] for row in common.load("generate", tmp_path)["results"])
+    assert [(step["tokens"], step["sum"]) for step in sdpa] == [
+        (step["tokens"], step["sum"]) for step in ours
+    ]
+    assert sdpa[0]["tokens"] == 8 * 4
+
+
+def test_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for _ in range(2):
+        models.first_step(tmp_path / "artifacts", "cpu")
+    assert [json.loads(line)["compilations"] for line in capsys.readouterr().out.splitlines()] == [0, 0]
+
+
 @pytest.mark.parametrize("name", attention.CASES)
 def test_a_run(name: str, tmp_path: Path) -> None:
     run(attention, name, "--device", "cpu", "--ways", "ours", "cuDNN", folder=tmp_path)
@@ -162,18 +183,18 @@ def test_a_run_of_the_block_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "| 2 x 300 | " in table and "closed form, window and documents" in table
 
 
-def test_the_plots(tmp_path: Path) -> None:
-    for name in ("attention", "scaling"):
-        (tmp_path / f"{name}.json").write_text((common.RESULTS / f"{name}.json").read_text())
-    report.plot(tmp_path)
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("attention", "scaling"))
+@pytest.mark.parametrize("name", ["attention", "scaling", "decode"])
+def test_the_plots(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.json").write_text((common.RESULTS / f"{name}.json").read_text())
+    run(plots, name, folder=tmp_path)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_the_picture_of_the_tiles(tmp_path: Path) -> None:
-    report.tiles(tmp_path)
-    assert report.kinds_of_tiles().keys() >= {"holes", "right, window of 300", "right, three documents"}
+    run(plots, "tiles", folder=tmp_path)
+    assert plots.kinds_of_tiles().keys() >= {"holes", "right, window of 300", "right, three documents"}
     expected = torch.zeros(2)  # full and partial tiles, by their definition
-    for pads, more in report.kinds_of_tiles().values():
+    for pads, more in plots.kinds_of_tiles().values():
         allowed = explicit_mask(pads[None], **more)[0].view(16, 128, 16, 128).float().mean((1, 3))
         expected += torch.stack(((allowed == 1).sum(), ((allowed > 0) & (allowed < 1)).sum()))
     for path in (tmp_path / "tiles.png", common.RESULTS / "tiles.png"):
@@ -208,30 +229,10 @@ def test_the_table_of_attention(tmp_path: Path) -> None:
 
 
 def test_sequence_parallel(tmp_path: Path) -> None:
-    script = str(Path(sequence_parallel.__file__))
+    small = "--device cpu --lengths 64 --heads 4/2 --head-dim 16 --times 3 --layers 2 --layers-lengths 32"
     for ranks in (1, 2):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            script,
-        ]
-        command += [
-            "--device",
-            "cpu",
-            "--lengths",
-            "64",
-            "--heads",
-            "4/2",
-            "--head-dim",
-            "16",
-            "--times",
-            "3",
-        ]
-        command += ["--layers", "2", "--layers-lengths", "32"]
-        subprocess.run([*command, "--results", str(tmp_path)], check=True, capture_output=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        run_python(*torchrun, sequence_parallel.__file__, *small.split(), "--results", str(tmp_path))
     rows = json.loads((tmp_path / "sequence_parallel.json").read_text())["results"]
     assert [(row["ranks"], row["length"], row.get("layers")) for row in rows] == [
         *((1, 64, None), (1, 32, 2)),

@@ -1,0 +1,187 @@
+"""Plots of what was measured, into benchmarks/results.
+
+python benchmarks/plots.py attention | scaling | decode | tiles
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Case, load, made_with
+from decode import Step
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch.nn.attention.flex_attention import BlockMask
+
+from causal_padded_flexattn import create_causal_padding_block_mask
+
+OURS, OTHERS = "#c1440e", "0.45"
+# Six of the ways; the tables have all.
+WAYS = {
+    "ours, auto": "ours, auto",
+    "FlashAttention-4 with lengths, padded rows zeroed": "FA4 with lengths",
+    "FlashAttention-4 varlen, padded to padded": "FA4, pack and pad",
+    "SDPA, is_causal, cuDNN, computes the padding": "SDPA, is_causal",
+    "FlashAttention-2 varlen (torch), padded to padded": "FA2, pack and pad",
+    "SDPA, explicit mask, cuDNN": "SDPA, explicit mask",
+}
+
+
+def attention(folder: Path) -> Figure:
+    """Bars from zero: forward, and on top of it backward."""
+    result = load("attention", folder)
+    cases = list(dict.fromkeys(map(Case.of, result["results"])))
+    shown = [case for case in cases if case.kv_len == 4096 and case.head_dim == 128 and case.padding == 40]
+    shown = [case for case in shown if case.heads == case.kv_heads]
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):
+        rows = {row["way"]: row for row in result["results"] if Case.of(row) == case}
+        for place, way in enumerate(reversed(WAYS)):
+            color = OURS if way.startswith("ours") else OTHERS
+            row = rows[way]
+            if "forward_ms" not in row:
+                axes.text(0.1, place, row["not_measured"], va="center", fontsize=9, color="0.4")
+                continue
+            forward, backward = row["forward_ms"][1], row["backward_ms"][1]
+            axes.barh(place, forward, color=color, edgecolor="white")
+            axes.barh(place, backward, left=forward, color=color, alpha=0.55, hatch="///", edgecolor="white")
+            axes.text(forward + backward + 0.1, place, f"{forward + backward:.1f}", va="center", fontsize=9)
+        axes.set_yticks(range(len(WAYS)), list(reversed(WAYS.values())) if axes is figure.axes[0] else [])
+        axes.set_title(str(case), fontsize=10)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("ms forward (solid) and backward (hatched)", fontsize=9)
+    figure.suptitle(made_with(result), fontsize=8)
+    return figure
+
+
+def label_ends(axes: Any, ends: dict[str, float], x: float, least: float) -> None:
+    """At the end of each line its name, in its colour, a factor apart from the next on the log axis."""
+    y = 0.0
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        y = max(end, y * least)
+        ours = name.startswith("ours")
+        style = {"color": OURS if ours else "0.25", "fontweight": "bold" if ours else "normal"}
+        axes.annotate(name, (x, end), (x * 1.15, y), va="center", fontsize=9, **style)
+
+
+def scaling(folder: Path) -> Figure:
+    result = load("scaling", folder)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, ends = figure.subplots(), {}
+    for (way, name), marker in zip(WAYS.items(), "osv^Dx", strict=True):
+        rows = [row for row in result["results"] if row["way"] == way and "forward_ms" in row]
+        times = [row["forward_ms"][1] + row["backward_ms"][1] for row in rows]
+        ours = way.startswith("ours")
+        style = {"linewidth": 3.5 if ours else 1.3, "color": OURS if ours else OTHERS, "marker": marker}
+        axes.plot([row["kv_len"] for row in rows], times, markersize=7 if ours else 4, **style)
+        ends[name] = times[-1]
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="max_seq_len", ylabel="ms forward and backward")
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, ends, max(row["kv_len"] for row in result["results"]), 1.28)
+    axes.set_xlim(right=2**20)
+    axes.set_xticks([2**n for n in range(10, 18)])
+    figure.suptitle(f"131 072 tokens a batch, H16 D128, 40 % right padding\n{made_with(result)}", fontsize=9)
+    return figure
+
+
+def decode(folder: Path) -> Figure:
+    """A step's time, and the time in which its keys and values can be read."""
+    result = load("decode", folder)
+    steps: dict[Step, dict[str, float]] = {}
+    for row in result["results"]:
+        step = Step(**{name: row[name] for name in Step.__dataclass_fields__})
+        steps.setdefault(step, {"limit": row["limit_ms"]})[row["way"]] = row.get("ms", float("nan"))
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes, styles = (
+        figure.subplots(),
+        {
+            "limit": {"marker": "|", "color": "black", "s": 160, "label": "real keys and values, copied"},
+            "ours": {"marker": "o", "color": OURS, "s": 90, "label": "ours"},
+            "SDPA, mask row": {"marker": "s", "color": OTHERS, "s": 40, "label": "SDPA, mask row"},
+            "FlashAttention-4, seqused_k": {
+                "marker": "^",
+                "color": "0.7",
+                "s": 50,
+                "label": "FA4, seqused_k",
+            },
+            "varlen_attn, paged": {
+                "marker": "x",
+                "color": "0.3",
+                "s": 40,
+                "label": "torch varlen_attn, paged",
+            },
+        },
+    )
+    places = range(len(steps))[::-1]
+    for way, style in styles.items():
+        axes.scatter([times.get(way, float("nan")) for times in steps.values()], places, zorder=3, **style)
+    axes.hlines(
+        places,
+        [times["limit"] for times in steps.values()],
+        [max(times["ours"], times["SDPA, mask row"]) for times in steps.values()],
+        color="0.85",
+    )
+    axes.set_yticks(places, [str(step) for step in steps], fontsize=8)
+    axes.set(xscale="log", xlabel="ms of a step's attention")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=5, fontsize=8, frameon=False)
+    figure.suptitle(made_with(result), fontsize=8)
+    return figure
+
+
+def tiles(folder: Path) -> Figure:
+    """What a BlockMask makes of right padding, of left padding, of holes, of a window and of documents."""
+    names, shades = ["skipped", "partial: asks the mask_mod", "full"], ["white", "#fdae61", "#2c5985"]
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    kinds = kinds_of_tiles()
+    ticks = range(0, 17, 4)
+    for axes, (name, (pads, more)) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+        block_mask = create_causal_padding_block_mask(pads[None], **more)
+        counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+        assert counts is not None and indices is not None
+        full = BlockMask.from_kv_blocks(counts, indices).to_dense()
+        shown = (block_mask.to_dense() + full)[0, 0]  # full ones count twice
+        style: dict = {"vmin": 0, "vmax": 2, "edgecolor": "0.7", "linewidth": 0.5}
+        axes.pcolormesh(shown, cmap=ListedColormap(shades), **style)
+        axes.set(title=name, xlabel="key block", ylabel="query block", aspect="equal")
+        axes.set(xticks=ticks, yticks=ticks)
+        axes.invert_yaxis()
+    patches = [
+        Patch(facecolor=shade, edgecolor="0.7", label=name) for name, shade in zip(names, shades, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3)
+    return figure
+
+
+def kinds_of_tiles() -> dict:
+    """Of 16 x 128 tokens: pads, and what else the mask is made of."""
+    place = torch.arange(2048)
+    right = place >= 1358
+    return {
+        "right padding": (right, {}),
+        "left padding": (place < 690, {}),
+        "holes": ((place % 700 > 400) & (place < 1800), {}),
+        "right, window of 300": (right, {"window": 300}),
+        "right, three documents": (right, {"documents": (place // 500)[None]}),
+    }
+
+
+PLOTS = {"attention": attention, "scaling": scaling, "decode": decode, "tiles": tiles}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("which", choices=PLOTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    args = parser.parse_args()
+    PLOTS[args.which](args.results).savefig(args.results / f"{args.which}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
