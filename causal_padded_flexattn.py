@@ -106,6 +106,19 @@ def create_causal_padding_block_mask(
 
     Every query sees one run of keys, from `first` to `last`, less the padding; neither falls from one query
     to the next. So the ends of its two blocks say whether a tile has an allowed pair, and whether another.
+    Eight tokens, of which five are real (x where allowed), causal, in blocks of two:
+
+        key    0 1   2 3   4 -   - -      last real key of each block: 1, 3, 4, none; first: 0, 2, 4, none
+      query 0  x
+            1  x x                        last: 0 to 1     partial   skipped   skipped   skipped
+            2  x x   x
+            3  x x   x x                  last: 2 to 3     full      partial   skipped   skipped
+            4  x x   x x   x
+            -                             last: none to 4  partial   partial   partial   skipped
+
+    The third row: 4, its largest last, reaches the first key of three blocks, so each has an allowed pair;
+    its smallest, none, reaches the last key of no block, so none is full. The fourth row has no real query.
+
     Build it once for a batch, or for each kind of layer, and hand it to all layers. Nothing here waits for
     the device or compiles, and it takes memory for the tokens and the tiles, not for the scores.
 

@@ -1,6 +1,7 @@
 """What the READMEs show runs, and is what was measured."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,36 +20,47 @@ TABLES = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    for name, text in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-    }.items():
-        monkeypatch.setenv(name, text)  # as torchrun does
-    names: dict = {}
-    outputs = []
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-        outputs.append(names.pop("output", None))
-    torch.distributed.destroy_process_group()
-    textbook, training, _, window, decoding, _, parallel = outputs
-    assert AttentionMaskInterface()["flex_attention"] is causal_padded_flexattn.transformers_block_mask
-    assert AttentionInterface()["flex_attention"] is causal_padded_flexattn.transformers_attention
-    AttentionMaskInterface.register("flex_attention", flex_attention_mask)
-    AttentionInterface.register("flex_attention", flex_attention_forward)
-    assert textbook.shape == (2, 4, 300, 64)
-    assert training.shape == window.shape == parallel.shape == (2, 8, 300, 64)
-    for output in (textbook, training, window, parallel):
-        assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
-    assert not torch.allclose(training, window) and torch.allclose(
-        training[:, :, :75], window[:, :, :75], atol=0.1
-    )
-    assert names["lse"].shape == (2, 8, 300)
-    assert decoding.shape == (2, 8, 1, 64) and decoding.isfinite().all() and decoding.count_nonzero() > 0
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+IMPLEMENTATIONS = (
+    (AttentionMaskInterface, flex_attention_mask),
+    (AttentionInterface, flex_attention_forward),
+)
+
+
+@pytest.fixture
+def _as_torchrun_starts_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, text in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "0"),
+    ):
+        monkeypatch.setenv(name, text)
+    yield
+    for interface, theirs in IMPLEMENTATIONS:
+        interface.register("flex_attention", theirs)
+
+
+def lines_of(capsys: pytest.CaptureFixture, block: str, names: dict) -> str:
+    exec(compile(block, "README.md", "exec"), names)
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_as_torchrun_starts_it")
+def test_each_block_runs_alone_and_after_the_others(capsys: pytest.CaptureFixture) -> None:
+    together: dict = {}
+    for names in ([{} for _ in BLOCKS], [together] * len(BLOCKS)):
+        shown = [lines_of(capsys, block, some) for block, some in zip(BLOCKS, names, strict=True)]
+        textbook, training, window, decoding, model, parallel = shown
+        assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
+        gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
+        assert all(gradients[:2]) and gradients[2:] == [0, 0]
+        assert re.search(r"\d, +\d.*-inf, +-inf\]", window)
+        assert "tensor([9, 6]" in decoding
+        assert torch.tensor(eval(model, {"tensor": list})).shape == (2, 7)
+        assert parallel == "torch.Size([2, 8, 300, 64])\n"
+        for interface, _ in IMPLEMENTATIONS:
+            assert interface()["flex_attention"].__module__ == "causal_padded_flexattn"
 
 
 def test_the_textbook_mask_is_that_of_the_module() -> None:
@@ -62,16 +74,26 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    assert (RESULTS / "report.txt").read_text().rstrip() in README
-    masks = report.load("block_mask", RESULTS)
-    assert report.made_with(masks) in README
-    for row in masks["results"]:
-        if row["way"] in ("closed form", "create_block_mask", "closed form, window and documents"):
-            shown = f"{row['ms']:.2f} ms, {row['peak_mib']:.1f} MiB" if "ms" in row else "out of memory"
-            line = re.search(
-                rf"^\| {row['batch_size']} x {report.spaced(row['kv_len'])} \|.*$", README, re.MULTILINE
-            )
-            assert shown in line.group()
+    card, *_, _ = run = (RESULTS / "report.txt").read_text().splitlines()
+    times = next(i for i, line in enumerate(run) if line.startswith("time"))
+    assert "\n".join(run[times : times + 3]) in README
+    assert f"On an {card.split(', ')[-1].split()[1]}, 8 x 4096 tokens, 40 % padding, 16 heads of 64" in README
+    assert "batch       8 x 4096 tokens, 40% of it padding" in run[1] and "16 key heads of 64" in run[1]
+    for name in ("readme-speed", "readme-masks"):
+        assert report.TABLES[name](RESULTS) in README
+    steps = report.load("first_step", RESULTS)
+    for row in steps["results"]:
+        assert f"{row['total_s']:.1f} with {row['way']}" in README
+    assert report.made_with(steps) in README
+
+
+def test_the_link_to_what_to_paste() -> None:
+    lines = (ROOT / "causal_padded_flexattn.py").read_text().splitlines()
+    end = int(re.search(r"causal_padded_flexattn.py#L1-L(\d+)", README).group(1))
+    assert lines[end].startswith("# ---- all above is one piece to paste")
+
+
+def test_the_tables_are_those_of_a_run() -> None:
     for name in (
         "block-mask",
         "stream",
@@ -96,4 +118,4 @@ def test_the_links_are_well_formed(page: Path) -> None:
         if "://" in link:
             assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./#-]*)?", link), link
         else:
-            assert (page.parent / link).exists(), link
+            assert (page.parent / link.partition("#")[0]).exists(), link
