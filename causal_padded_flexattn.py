@@ -522,7 +522,7 @@ def _check_inputs(
     if query.is_cuda and not torch.compiler.is_compiling():
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # no public name tells
         rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
-        _require(not any(map(is_wrapped, (query, key, value))), rule)
+        _require(not any(map(is_wrapped, (query, key, value))), rule, TypeError, query=type(query))
     small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
     _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
     divides = query.shape[1] % key.shape[1] == 0
@@ -533,14 +533,16 @@ def _check_inputs(
         is_mask = isinstance(block_mask, BlockMask)
         _require(is_mask, "block_mask must be a BlockMask", TypeError, block_mask=type(block_mask))
         sliced = getattr(block_mask.mask_mod, "__name__", "") == "_sliced_mask_mod_error"
-        _require(not sliced, "block_mask is a slice, without its mask_mod: make one of a slice of pads")
         shape, device = block_mask.shape, block_mask.kv_num_blocks.device
+        rule = "block_mask is a slice, without its mask_mod: make one of a slice of pads"
+        _require(not sliced, rule, block_mask=(*shape, device))
         fits = shape == (query.shape[0], shape[1], query.shape[2], key.shape[2]) and device == pads.device
         rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
         _require(fits and shape[1] in (1, query.shape[1]), rule, block_mask=(*shape, device), **got)
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         both_ways = block_mask.q_num_blocks is not None or not grad
-        _require(both_ways, "block_mask was made under torch.no_grad: make it where gradients are wanted")
+        rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
+        _require(both_ways, rule, block_mask=(*shape, device))
 
 
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # which a compiled model cannot ask

@@ -574,6 +574,35 @@ def test_decoding_compiles_for_batch_sizes_and_not_for_lengths(compilations: Cal
     assert made[-1] == made[3 * len(sizes) - 1] <= 20
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_that_decodes_in_parts(device: str, training: bool) -> None:
+    """16 and 5 sequences, each with its own padding and its own bias."""
+    inputs, grad_output = make_inputs(device, batch_size=21, lengths=(3, 200))
+    pads = torch.arange(200, device=device) < 9 * torch.arange(21, device=device)[:, None]
+    slopes = torch.randn(21, device=device)
+
+    def tilt(score, b, h, q_idx, kv_idx):
+        return score + slopes[b] * kv_idx / 100
+
+    mask = explicit_mask(pads, 3)
+    with torch.set_grad_enabled(training):
+        attend = partial(causal_padded_attention, pads=pads, score_mod=tilt)
+        _, lse = attend(*inputs, return_lse=True)
+        results = with_gradients(attend, inputs, grad_output if training else None)
+    plain, exact = (
+        with_gradients(
+            lambda *x: written_out(*x, mask, None, tilt)[0],
+            [x.to(dtype) for x in inputs],
+            grad_output.to(dtype) if training else None,
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_as_exact(results, plain, exact)
+    exact_lse = written_out(*(x.double() for x in inputs), mask, None, tilt)[1]
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("q_len", [1, 5])
 def test_a_sequence_decodes_to_the_same_bits_whatever_the_others_hold(q_len: int) -> None:
