@@ -5,6 +5,7 @@ Results go to benchmarks/results/NAME.json, with the card and the versions; repo
 """
 
 import argparse
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -90,7 +91,14 @@ def varlen(batch: Batch, package: str) -> Attention:
         from torch.nn.attention.varlen import varlen_attn
 
         lengths = (batch.cumulative, batch.cumulative, longest, longest)
-        return lambda *inputs: varlen_attn(*inputs, *lengths, window_size=(reach, 0))
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        options = {"window_size": (reach, 0)} | ({"enable_gqa": True} if grouped else {})
+
+        def attention(*inputs: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # where it may choose, it takes cuDNN
+                return varlen_attn(*inputs, *lengths, **options)
+
+        return attention
     options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
     options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
     options |= {"window_size": (reach, 0)} if batch.case.window else {"causal": True}

@@ -32,25 +32,26 @@ WAYS = {
 def attention(folder: Path) -> Figure:
     """Bars from zero: forward, and on top of it backward."""
     result = load("attention", folder)
-    cases = list(dict.fromkeys(map(Case.of, result["results"])))
-    shown = [case for case in cases if case.kv_len == 4096 and case.head_dim == 128 and case.padding == 40]
-    shown = [case for case in shown if case.heads == case.kv_heads]
+    ways: dict[Case, set[str]] = {}
+    for row in result["results"]:
+        ways.setdefault(Case.of(row), set()).add(row["way"])
+    shown = [case for case, measured in ways.items() if measured >= WAYS.keys()][:2]
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):
+    for axes, case in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         rows = {row["way"]: row for row in result["results"] if Case.of(row) == case}
         for place, way in enumerate(reversed(WAYS)):
             color = OURS if way.startswith("ours") else OTHERS
             row = rows[way]
             if "forward_ms" not in row:
-                axes.text(0.1, place, row["not_measured"], va="center", fontsize=9, color="0.4")
+                axes.text(0, place, " " + row["not_measured"], va="center", fontsize=9, color="0.4")
                 continue
             forward, backward = row["forward_ms"][1], row["backward_ms"][1]
             axes.barh(place, forward, color=color, edgecolor="white")
             axes.barh(place, backward, left=forward, color=color, alpha=0.55, hatch="///", edgecolor="white")
-            axes.text(forward + backward + 0.1, place, f"{forward + backward:.1f}", va="center", fontsize=9)
+            axes.text(forward + backward, place, f" {forward + backward:.1f}", va="center", fontsize=9)
         axes.set_yticks(range(len(WAYS)), list(reversed(WAYS.values())) if axes is figure.axes[0] else [])
         axes.set_title(str(case), fontsize=10)
-        axes.margins(x=0.12)
+        axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("ms forward (solid) and backward (hatched)", fontsize=9)
     figure.suptitle(made_with(result), fontsize=8)
