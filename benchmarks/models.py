@@ -206,8 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whats = ["stream", "transformers", "generate", "first-step"]
-    parser.add_argument("what", choices=whats + [f"{what}-of" for what in whats])
+    choices = ["stream", "transformers", "generate", "first-step"]
+    parser.add_argument("what", choices=choices + [f"{choice}-of" for choice in choices])
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream out"
     )

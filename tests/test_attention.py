@@ -1,10 +1,12 @@
 """causal_padded_attention: values and gradients, decoding, shapes that change, inputs that do not fit."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import causal_padded_flexattn
 from causal_padded_flexattn import (
+    _compiled_flex_attention,
     _flash_obstacle,
     _is_faster_with_flash,
     causal,
@@ -676,6 +679,25 @@ def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
         torch.testing.assert_close(
             output[2], sdpa_reference(query, key, value, pads)[2], rtol=2e-2, atol=2e-2
         )
+
+
+@pytest.mark.skipif("recompile_limit" not in signature(torch.compile).parameters, reason="has one for all")
+def test_at_the_limit_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is compiled, but for a limit of 2 and a compiler that is fast."""
+    compile_, asked = torch.compile, []
+
+    def with_less(function, fullgraph: bool, recompile_limit: int):
+        asked.append(recompile_limit)
+        return compile_(function, fullgraph=fullgraph, recompile_limit=2, backend="eager")
+
+    monkeypatch.setattr("torch.compile", with_less)
+    compiled = _compiled_flex_attention.__wrapped__()
+    options = {"BACKEND": "TRITON"}
+    for size in (16, 24, 32):
+        inputs = torch.randn(3, 1, 2, 8, size)
+        with torch.no_grad(), contextlib.nullcontext() if size < 32 else pytest.raises(Exception) as error:
+            compiled(*inputs, None, None, None, options, False)
+    assert error.type.__name__ == "FailOnRecompileLimitHit" and asked == [64]
 
 
 LIMIT = """

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import sequence_parallel
 import torch
 from conftest import exact_attention, explicit_mask, with_gradients
 from PIL import Image
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flex_attention_mask
 
 
 def run(script: object, *arguments: str, folder: Path) -> None:
@@ -123,32 +127,52 @@ def test_a_wrong_way_is_not_timed(
         attention.measure(way, batch, batch.reference(torch.float64), batch.reference(torch.float32))
 
 
-@pytest.mark.parametrize(("kind", "rounds"), [("llama", 10), ("mistral", 2), ("gemma3", 2)])
-def test_a_run_of_a_model(kind: str, rounds: int, tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--of", "sdpa", "ours", "--models", kind, "--rounds", str(rounds)]
+def test_a_run_of_a_model(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--of", "sdpa", "ours", "--models", "llama"]
     run(models, "transformers", *arguments, folder=tmp_path)
-    sdpa, ours = (row["steps"] for row in json.loads((tmp_path / "transformers.json").read_text())["results"])
+    sdpa, ours = (row["steps"] for row in common.load("transformers", tmp_path)["results"])
     for steps in (sdpa, ours):
-        assert [step["round"] for step in steps] == [i // 5 for i in range(5 * rounds)]
-        assert steps[0]["loss"] == steps[5]["loss"] and steps[0]["length"] != steps[1]["length"]
+        assert [step["round"] for step in steps] == [i // 5 for i in range(50)]
+        assert steps[0]["length"] != steps[1]["length"]
     assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in sdpa], rel=1e-3)
     seconds = [sum(step["seconds"] for step in sdpa if step["round"] == i) for i in range(10)]
     table = report.transformers_table(tmp_path)
-    assert f"| {kind}: sdpa | {seconds[0]:.0f} s | " in table
-    if rounds == 10:
-        assert [sdpa[i]["length"] for i in (20, 35)] == [2 * sdpa[0]["length"], 4 * sdpa[0]["length"]]
-        medians = (sorted(some)[1] * 1e3 for some in (seconds[1:4], seconds[4:7], seconds[7:]))
-        assert f"s | {' | '.join(f'{median:.0f} ms' for median in medians)} | 0 |" in table
+    assert f"| llama: sdpa | {seconds[0]:.0f} s | " in table
+    assert [sdpa[i]["length"] for i in (20, 35)] == [2 * sdpa[0]["length"], 4 * sdpa[0]["length"]]
+    medians = (sorted(some)[1] * 1e3 for some in (seconds[1:4], seconds[4:7], seconds[7:]))
+    assert f"s | {' | '.join(f'{median:.0f} ms' for median in medians)} | 0 |" in table
 
 
-def test_the_same_tokens_are_generated(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--of", "sdpa", "ours", "--models", "llama", "--rounds", "2"]
-    run(models, "generate", *arguments, "--caches", "dynamic", folder=tmp_path)
-    sdpa, ours = (row["steps"] for row in common.load("generate", tmp_path)["results"])
-    assert [(step["tokens"], step["sum"]) for step in sdpa] == [
-        (step["tokens"], step["sum"]) for step in ours
-    ]
-    assert sdpa[0]["tokens"] == 8 * 4
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    yield
+    AttentionMaskInterface.register("flex_attention", flex_attention_mask)
+    AttentionInterface.register("flex_attention", flex_attention_forward)
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_the_same_losses_and_tokens(kind: str, capsys: pytest.CaptureFixture) -> None:
+    steps = []
+    for way in ("sdpa", "ours"):
+        models.transformers_of(way, kind, "cpu", 2)
+        models.generate_of(way, kind, "dynamic", "cpu", 2)
+        steps.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for sdpa, ours in zip(*steps, strict=True):
+        if "loss" in sdpa:
+            assert ours["loss"] == pytest.approx(sdpa["loss"], rel=1e-3)
+        else:
+            assert ours["sum"] == sdpa["sum"] and ours["tokens"] == 8 * 4
+    assert steps[0][0]["loss"] == steps[0][5]["loss"]
+
+
+def test_the_table_of_generate(tmp_path: Path) -> None:
+    steps = [{"tokens": 100, "seconds": seconds} for seconds in (50.0, 1.0, 4.0, 2.0)]
+    row = {"model": "a", "way": "b", "cache": "static", "total_s": 57.0, "steps": steps}
+    versions = {"card": "a card", "torch": "2.0", "date": "2000-01-01"}
+    stopped = {"model": "a", "way": "b", "cache": "dynamic", "stopped_after_s": 70.0}
+    (tmp_path / "generate.json").write_text(json.dumps({**versions, "results": [stopped, row]}))
+    assert "| a: b | stopped after 70 s | 50 (50 s) |" in report.generate_table(tmp_path)
 
 
 def test_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
