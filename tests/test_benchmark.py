@@ -20,6 +20,7 @@ import sequence_parallel
 import torch
 from conftest import exact_attention, explicit_mask, with_gradients
 from PIL import Image
+from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
@@ -176,6 +177,7 @@ def test_the_table_of_generate(tmp_path: Path) -> None:
 
 
 def test_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    counters.clear()
     for _ in range(2):
         models.first_step(tmp_path / "artifacts", "cpu")
     assert [json.loads(line)["compilations"] for line in capsys.readouterr().out.splitlines()] == [0, 0]
