@@ -104,7 +104,8 @@ def test_the_tables_are_those_of_a_run() -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md"], ids=str)
 def test_the_links_are_well_formed(page: Path) -> None:
-    links = re.findall(r"\[[^]]*\]\(([^)]*)\)", page.read_text())
+    links = re.findall(r"\[[^]]*\]\(([^)]*)\)|<img src=\"([^\"]*)", page.read_text())
+    links = [one or other for one, other in links]
     assert len(links) >= 2
     for link in links:
         if "://" in link:
