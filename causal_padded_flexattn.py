@@ -74,12 +74,11 @@ def _check_tensors(**tensors: Any) -> None:
         elif name in ("query", "key", "value"):
             kind, right = "of one dtype with query: cast it", x.dtype == tensors["query"].dtype
         _require(right, f"{name} must be {kind}", TypeError, **tensors)
-        letters = _SHAPES.get(name, "B, S").split(", ")
-        pairs = zip(letters, x.shape, strict=False)
-        fits = x.dim() == len(letters) and 0 not in x.shape
-        fits = fits and all(sizes.setdefault(letter, size) == size for letter, size in pairs)
-        rule = f"{name} must be ({', '.join(letters)}), not 0, and agree with the others"
-        _require(fits, rule, **tensors)
+        letters, shape = _SHAPES.get(name, "B, S"), x.shape
+        fits = len(shape) == letters.count(",") + 1 and 0 not in shape
+        for letter, size in zip(letters.split(", "), shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        _require(fits, f"{name} must be ({letters}), not 0, and agree with the others", **tensors)
         here = x.device == tensors["pads"].device
         _require(here, f"{name} must be on the device of pads: move it", **tensors)
 
