@@ -4,7 +4,6 @@ python benchmarks/attention.py attention | scaling | window | documents      on 
 Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
 """
 
-import argparse
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -15,22 +14,13 @@ import common
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from common import Attention, Batch, Case, Row
+from common import Attention, Batch, Case, NotMeasuredError, Row, flash_attention_4, parser_of, require
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from tqdm import tqdm
 
 import causal_padded_flexattn as cpf
-
-
-class NotMeasuredError(Exception):
-    """Why a way cannot be measured here, or computes something else."""
-
-
-def require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise NotMeasuredError(reason)
 
 
 def block_mask_of(batch: Batch):
@@ -130,13 +120,6 @@ def with_lengths(batch: Batch) -> Attention:
     return attention
 
 
-def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
-    require(cpf._HAS_FLASH, "flash-attn-4 is not installed")
-    from flash_attn.cute import flash_attn_varlen_func
-
-    return flash_attn_varlen_func
-
-
 cudnn = partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION)
 efficient = partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION)
 fa2, fa4 = (partial(varlen, package=package) for package in ("torch", "flash-attn-4"))
@@ -232,9 +215,7 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=CASES)
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out, on small cases"
@@ -245,11 +226,10 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", type=int, metavar="N", help="places in the list; all if left out"
     )
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
-    cases = [
-        case for i, case in enumerate(CASES[args.what]) if i in (args.cases or range(len(CASES[args.what])))
-    ]
+    cases = CASES[args.what]
+    if args.cases:
+        cases = [cases[i] for i in args.cases]
     if args.device == "cpu":
         small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
         cases = [replace(case, **small, window=case.window and 8) for case in cases]

@@ -5,15 +5,13 @@ python benchmarks/block_mask.py      on a CUDA card
 Results go to benchmarks/results/block_mask.json; benchmarks/report.py shows them.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from common import RESULTS, Row, peak_mib, right_padding, save
+from common import Row, parser_of, peak_mib, right_padding, save
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from tqdm import tqdm
@@ -65,10 +63,7 @@ def measure(build: Callable[[], BlockMask]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser = parser_of(__doc__)
     args = parser.parse_args()
     rows = []
     for batch_size, kv_len in tqdm(SIZES, desc="block mask"):

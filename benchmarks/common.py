@@ -1,5 +1,6 @@
 """What the benchmarks share: cases and their tensors, timers, versions, results on disk."""
 
+import argparse
 import importlib.metadata
 import json
 import statistics
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from causal_padded_flexattn import _compiled_flex_attention
+from causal_padded_flexattn import _HAS_FLASH, _compiled_flex_attention
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -53,6 +54,29 @@ def made_with(result: Row) -> str:
     driver = f", driver {result['driver']}" if "driver" in result else ""
     flash = f", flash-attn-4 {result['flash-attn-4']}" if result.get("flash-attn-4") else ""
     return f"({result['card']}{driver}, torch {result['torch']}{flash}, {result['date']})"
+
+
+class NotMeasuredError(Exception):
+    """Why a way cannot be measured here, or computes something else."""
+
+
+def require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise NotMeasuredError(reason)
+
+
+def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
+    require(_HAS_FLASH, "flash-attn-4 is not installed")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def parser_of(script: str | None) -> argparse.ArgumentParser:
+    """Of a script's docstring, with where its results are."""
+    parser = argparse.ArgumentParser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files and plots")
+    return parser
 
 
 def synchronize(device: str) -> None:

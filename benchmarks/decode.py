@@ -6,17 +6,25 @@ Sequences of varying length. Padded on the left they end together, where the cac
 the right each has its query behind its own last token. Results go to benchmarks/results/decode.json.
 """
 
-import argparse
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Row, compile_afresh, milliseconds, padded, save
+from common import (
+    NotMeasuredError,
+    Row,
+    compile_afresh,
+    flash_attention_4,
+    milliseconds,
+    padded,
+    parser_of,
+    require,
+    save,
+)
 from torch import Tensor
 from torch.nn.attention import varlen
 from tqdm import tqdm
@@ -39,6 +47,10 @@ class Step:
         written, least = int(self.kv_len * self.filled), 0.25
         shares = torch.linspace(least, 1, self.batch_size).tolist() if self.batch_size > 1 else [0.45]
         return [max(self.q_len, int(written * (1 if self.side == "none" else share))) for share in shares]
+
+    @classmethod
+    def of(cls, row: Row) -> "Step":
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         heads = f"H{self.heads}/{self.kv_heads} D{self.head_dim}"
@@ -85,15 +97,6 @@ class Cache:
         self.pads = F.pad(pads, (0, step.kv_len - self.written), value=True)  # (B, S)
         self.lengths = torch.tensor(step.lengths(), dtype=torch.int32, device=device)  # (B,)
 
-    def make_block_mask(self) -> Callable[[], object]:
-        q_len, device = self.step.q_len, self.pads.device
-        if self.step.side == "right":  # one query, behind its own sequence: it sees all keys that are real
-            query_pads = torch.zeros(self.step.batch_size, 1, dtype=torch.bool, device=device)
-            more: dict = {"causal": False, "query_pads": query_pads}
-        else:
-            more = {"q_len": q_len, "q_offset": torch.tensor(self.written - q_len, device=device)}
-        return partial(cpf.create_causal_padding_block_mask, self.pads, **more)
-
     def make_mask(self) -> Tensor:
         """(B, 1, L, S); rows that see nothing, all."""
         rows = self.written - self.step.q_len + torch.arange(self.step.q_len, device=self.pads.device)
@@ -102,8 +105,18 @@ class Cache:
         return mask | ~mask.any(-1, keepdim=True)
 
 
+def block_mask(cache: Cache) -> Callable[[], object]:
+    q_len, device = cache.step.q_len, cache.pads.device
+    if cache.step.side == "right":  # one query, behind its own sequence: it sees all keys that are real
+        query_pads = torch.zeros(cache.step.batch_size, 1, dtype=torch.bool, device=device)
+        more: dict = {"causal": False, "query_pads": query_pads}
+    else:
+        more = {"q_len": q_len, "q_offset": torch.tensor(cache.written - q_len, device=device)}
+    return partial(cpf.create_causal_padding_block_mask, cache.pads, **more)
+
+
 def ours(cache: Cache) -> Callable[[], Tensor]:
-    options = {"pads": cache.pads, "block_mask": cache.make_block_mask()()}
+    options = {"pads": cache.pads, "block_mask": block_mask(cache)()}
     return partial(cpf.causal_padded_attention, *cache.inputs, **options)
 
 
@@ -112,19 +125,12 @@ def sdpa(cache: Cache) -> Callable[[], Tensor]:
     return partial(F.scaled_dot_product_attention, *cache.inputs, attn_mask=cache.make_mask(), enable_gqa=gqa)
 
 
-def require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise NotImplementedError(reason)
-
-
-def flash_attention_4(cache: Cache) -> Callable[[], Tensor]:
-    require(cpf._HAS_FLASH, "is not installed")
+def with_lengths(cache: Cache) -> Callable[[], Tensor]:
+    flash = flash_attention_4()
     require(cache.step.side != "left", "reads left padding")
     require(cache.step.q_len == 1, "measured for one query")
-    from flash_attn.cute import flash_attn_varlen_func
-
     views = [x.transpose(1, 2) for x in cache.inputs]  # (B, S, H, D)
-    return lambda: flash_attn_varlen_func(*views, seqused_k=cache.lengths)[0].transpose(1, 2)
+    return lambda: flash(*views, seqused_k=cache.lengths)[0].transpose(1, 2)
 
 
 def paged(cache: Cache) -> Callable[[], Tensor]:
@@ -145,9 +151,10 @@ def paged(cache: Cache) -> Callable[[], Tensor]:
 
 
 WAYS = {
+    "block mask": block_mask,  # once for all layers
     "ours": ours,
     "SDPA, mask row": sdpa,
-    "FlashAttention-4, seqused_k": flash_attention_4,
+    "FlashAttention-4, seqused_k": with_lengths,
     "varlen_attn, paged": paged,
 }
 
@@ -160,16 +167,14 @@ def measure(step: Step, device: str, rate: float) -> list[Row]:
     real = ~cache.pads[:, cache.written - step.q_len : cache.written]  # (B, L)
     real = torch.ones_like(real) if step.side == "right" else real
     expected = sdpa(cache)().transpose(1, 2)[real].float()
-    for way, make in {"block mask": Cache.make_block_mask, **WAYS}.items():
+    for way, make in WAYS.items():
         row: Row = {**asdict(step), "way": way, "limit_ms": limit}
         rows.append(row)
         try:
             run = make(cache)
             result: Any = run()
-        except (RuntimeError, TypeError, AssertionError) as reason:  # NotImplementedError is among them
-            if way in ("block mask", "ours", "SDPA, mask row"):
-                raise
-            row["not_measured"] = str(reason).partition("\n")[0]
+        except NotMeasuredError as reason:
+            row["not_measured"] = str(reason)
             continue
         if way != "block mask":
             error = (result.transpose(1, 2)[real] - expected).abs().max()
@@ -182,13 +187,10 @@ def measure(step: Step, device: str, rate: float) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out at tiny sizes"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     compile_afresh()
     rate, rows, steps = copy_rate(args.device), [], STEPS

@@ -6,7 +6,6 @@ Each way runs in a process of its own that starts with nothing compiled. Results
 benchmarks/results/NAME.json; benchmarks/report.py shows them.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, Row, padded, right_padding, save, synchronize
+from common import Row, padded, parser_of, right_padding, save, synchronize
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
@@ -39,7 +38,11 @@ MODELS = {
 }
 KINDS = ("llama", "mistral", "gemma3")
 CACHES = ("dynamic", "static")
-KEPT = ("nothing kept", "cache folders kept", "artifacts loaded")
+KEPT = {  # in turn: the folder of the caches, and the file of the artifacts
+    "nothing kept": ("caches", "artifacts"),
+    "cache folders kept": ("caches", "unused"),
+    "artifacts loaded": ("empty", "artifacts"),
+}
 SIZES_OF_MODEL = 5
 # The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
 ROUNDS = [1] * 4 + [2] * 3 + [4] * 3
@@ -156,11 +159,9 @@ def first_step(artifacts: Path, device: str) -> None:
 def measure_first_steps(device: str, limit: float) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for way in KEPT:
-            cold = Path(folder) / ("another" if way == "artifacts loaded" else "first")
-            artifacts = Path(folder) / ("unused" if way == "cache folders kept" else "artifacts")
-            arguments = ["first-step-of", "--device", device, "--artifacts", str(artifacts)]
-            rows.append({"way": way} | measure(arguments, 1, limit, str(cold)))
+        for way, (caches, artifacts) in KEPT.items():
+            arguments = ["first-step-of", "--device", device, "--artifacts", f"{folder}/{artifacts}"]
+            rows.append({"way": way} | measure(arguments, 1, limit, f"{folder}/{caches}"))
     return rows
 
 
@@ -203,9 +204,7 @@ def measure(arguments: list[str], steps: int, limit: float, kept: str | None = N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     choices = ["stream", "transformers", "generate", "first-step"]
     parser.add_argument("what", choices=choices + [f"{choice}-of" for choice in choices])
     parser.add_argument(
@@ -216,7 +215,6 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to generate with")
     parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="of models: the first compiles")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--artifacts", type=Path, help="for first-step-of")
     args = parser.parse_args()
     if args.what == "stream-of":

@@ -3,12 +3,11 @@
 python benchmarks/plots.py attention | scaling | decode | tiles
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Case, load, made_with
+from common import Case, load, made_with, parser_of
 from decode import Step
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -94,8 +93,7 @@ def decode(folder: Path) -> Figure:
     result = load("decode", folder)
     steps: dict[Step, dict[str, float]] = {}
     for row in result["results"]:
-        step = Step(**{name: row[name] for name in Step.__dataclass_fields__})
-        steps.setdefault(step, {"limit": row["limit_ms"]})[row["way"]] = row.get("ms", float("nan"))
+        steps.setdefault(Step.of(row), {"limit": row["limit_ms"]})[row["way"]] = row.get("ms", float("nan"))
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes, styles = (
         figure.subplots(),
@@ -175,11 +173,8 @@ PLOTS = {"attention": attention, "scaling": scaling, "decode": decode, "tiles": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("which", choices=PLOTS)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
     PLOTS[args.which](args.results).savefig(args.results / f"{args.which}.png", dpi=120)
 

@@ -1,12 +1,12 @@
 """Tables of what was measured: python benchmarks/report.py WHICH."""
 
-import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from attention import LARGE, SMALL
-from common import RESULTS, Case, load, made_with
+from common import Case, load, made_with, parser_of
 from decode import WAYS, Step
 from models import CACHES, ROUNDS
 
@@ -20,15 +20,15 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def block_mask_table(folder: Path) -> str:
+def block_mask_table(folder: Path, ways: Sequence[str] | None = None, first: int = 0) -> str:
     result = load("block_mask", folder)
-    ways = list(dict.fromkeys(row["way"] for row in result["results"]))
     cells: dict[str, dict[str, str]] = {}
     for row in result["results"]:
         size = f"{row['batch_size']} x {spaced(row['kv_len'])}"
         cell = f"{row['ms']:.2f} ms, {row['peak_mib']:.1f} MiB" if "ms" in row else "out of memory"
         cells.setdefault(size, {})[row["way"]] = cell
-    rows = [[size, *(row.get(way, "") for way in ways)] for size, row in cells.items()]
+    ways = ways or list(dict.fromkeys(row["way"] for row in result["results"]))
+    rows = [[size, *(row.get(way, "") for way in ways)] for size, row in list(cells.items())[first:]]
     return "\n".join([*table(["batch x length", *ways], rows), "", made_with(result)])
 
 
@@ -137,10 +137,9 @@ def decode_table(folder: Path) -> str:
     result = load("decode", folder)
     cells: dict[Step, dict[str, str]] = {}
     for row in result["results"]:
-        step = Step(**{name: row[name] for name in Step.__dataclass_fields__})
-        of_step = cells.setdefault(step, {"limit": f"{row['limit_ms']:.3f}"})
+        of_step = cells.setdefault(Step.of(row), {"limit": f"{row['limit_ms']:.3f}"})
         of_step[row["way"]] = f"{row['ms']:.3f} ({row['host_ms']:.2f})" if "ms" in row else ""
-    ways = ["limit", "ours", *list(WAYS)[1:], "block mask"]
+    ways = ["limit", *list(WAYS)[1:], "block mask"]
     rows = [[str(step), *(row[way] for way in ways)] for step, row in cells.items()]
     header = ["ms (host ms)", *ways[:-1], "our block mask, once for all layers"]
     return "\n".join([*table(header, rows), "", made_with(result)])
@@ -168,7 +167,7 @@ def readme_speed(folder: Path) -> str:
             of_way = cells.setdefault(row["way"], [""] * 4)
             if "forward_ms" in row:
                 of_way[cases.index(case)] = f"{row['forward_ms'][1] + row['backward_ms'][1]:.2f}"
-    for row in steps["results"][: len(WAYS) + 1]:  # the first step of the table
+    for row in steps["results"][: len(WAYS)]:  # the first step of the table
         way = next((way for way, of_step in SHOWN.items() if of_step == row["way"]), None)
         if way and "ms" in row:
             cells[way][3] = f"{row['ms']:.3f}"
@@ -189,14 +188,11 @@ SHOWN = {
 
 
 def readme_masks(folder: Path) -> str:
-    """Four lengths of the block masks' table."""
-    result = load("block_mask", folder)
-    ways = ["create_block_mask", "closed form", "closed form, window and documents"]
-    lines = block_mask_table(folder).splitlines()
-    names = [cell.strip() for cell in lines[0].split("|")[1:-1]]
-    places = [0, *map(names.index, ways)]
-    rows = [[line.split("|")[1:-1][i].strip() for i in places] for line in lines[3:7]]
-    return "\n".join([*table(["batch x length", *ways], rows), "", made_with(result)])
+    """The largest four sizes, and three ways, of the block masks' table."""
+    return block_mask_table(folder, README_MASKS, first=1)
+
+
+README_MASKS = ("create_block_mask", "closed form", "closed form, window and documents")
 
 
 def generate_table(folder: Path) -> str:
@@ -225,11 +221,8 @@ TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("which", choices=TABLES)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
     print(TABLES[args.which](args.results))
 

@@ -6,7 +6,6 @@ python benchmarks/sequence_parallel.py table                     show what was m
 Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows that it measures again.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import RESULTS, Row, compile_afresh, load, made_with, save, synchronize
+from common import Row, compile_afresh, load, made_with, parser_of, save, synchronize
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -190,9 +189,7 @@ def efficiency(row: Row, base: Row) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("what", nargs="?", choices=["measure", "table"], default="measure")
     parser.add_argument(
         "--lengths", nargs="*", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S"
@@ -205,7 +202,6 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128, metavar="D")
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.what == "table":
         return print(table(args.results))
