@@ -1,12 +1,12 @@
 """The references that the tests compare with, written without the module."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests are small, and pytest -n auto runs one for each core
+# The tests are small, and pytest -n auto runs one for each core. Torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ PAIRS_OF_DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, _TWO_GP
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(12, len(os.sched_getaffinity(0)))  # with CUDA each takes memory of the card and of the host
+
+
+@pytest.fixture
+def stock_afterwards() -> Iterator[None]:
+    """Gives transformers its own flex_attention back."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.masking_utils import flex_attention_mask
+
+    yield
+    AttentionMaskInterface.register("flex_attention", flex_attention_mask)
+    AttentionInterface.register("flex_attention", flex_attention_forward)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

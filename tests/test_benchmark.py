@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,6 @@ import torch
 from conftest import exact_attention, explicit_mask, with_gradients
 from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import flex_attention_mask
 
 
 def run(script: object, *arguments: str, folder: Path) -> None:
@@ -144,14 +140,7 @@ def test_a_run_of_a_model(tmp_path: Path) -> None:
     assert f"s | {' | '.join(f'{median:.0f} ms' for median in medians)} | 0 |" in table
 
 
-@pytest.fixture
-def _registered() -> Iterator[None]:
-    yield
-    AttentionMaskInterface.register("flex_attention", flex_attention_mask)
-    AttentionInterface.register("flex_attention", flex_attention_forward)
-
-
-@pytest.mark.usefixtures("_registered")
+@pytest.mark.usefixtures("stock_afterwards")
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_the_same_losses_and_tokens(kind: str, capsys: pytest.CaptureFixture) -> None:
     steps = []

@@ -1,7 +1,6 @@
 """What the READMEs show runs, and is what was measured."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import report
 import sequence_parallel
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import flex_attention_mask
 
 import causal_padded_flexattn
 
@@ -21,37 +18,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-IMPLEMENTATIONS = (
-    (AttentionMaskInterface, flex_attention_mask),
-    (AttentionInterface, flex_attention_forward),
-)
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-@pytest.fixture
-def _as_torchrun_starts_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, text in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "localhost"),
-        ("MASTER_PORT", "0"),
-    ):
+@pytest.mark.usefixtures("stock_afterwards")
+def test_each_block_runs_alone_and_after_the_others(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in TORCHRUN.items():
         monkeypatch.setenv(name, text)
-    yield
-    for interface, theirs in IMPLEMENTATIONS:
-        interface.register("flex_attention", theirs)
-
-
-def lines_of(capsys: pytest.CaptureFixture, block: str, names: dict) -> str:
-    exec(compile(block, "README.md", "exec"), names)
-    return capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("_as_torchrun_starts_it")
-def test_each_block_runs_alone_and_after_the_others(capsys: pytest.CaptureFixture) -> None:
     together: dict = {}
     for names in ([{} for _ in BLOCKS], [together] * len(BLOCKS)):
-        shown = [lines_of(capsys, block, some) for block, some in zip(BLOCKS, names, strict=True)]
+        shown, outputs = [], []
+        for block, some in zip(BLOCKS, names, strict=True):
+            exec(compile(block, "README.md", "exec"), some)
+            shown.append(capsys.readouterr().out)
+            outputs.append(some.pop("output", None))
         textbook, training, window, decoding, model, parallel = shown
+        for output, heads in ((outputs[0], 4), (outputs[2], 8)):
+            assert output.shape == (2, heads, 300, 64)
+            assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
+        assert outputs[1].shape == (2, 300, 64)
+        assert outputs[3].shape == (2, 8, 1, 64) and outputs[3].isfinite().all() and outputs[3].any()
         assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
         gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
         assert all(gradients[:2]) and gradients[2:] == [0, 0]
@@ -59,8 +47,8 @@ def test_each_block_runs_alone_and_after_the_others(capsys: pytest.CaptureFixtur
         assert "tensor([9, 6]" in decoding
         assert torch.tensor(eval(model, {"tensor": list})).shape == (2, 7)
         assert parallel == "torch.Size([2, 8, 300, 64])\n"
-        for interface, _ in IMPLEMENTATIONS:
-            assert interface()["flex_attention"].__module__ == "causal_padded_flexattn"
+        assert AttentionMaskInterface()["flex_attention"] is causal_padded_flexattn.transformers_block_mask
+        assert AttentionInterface()["flex_attention"] is causal_padded_flexattn.transformers_attention
 
 
 def test_the_textbook_mask_is_that_of_the_module() -> None:

@@ -1,6 +1,6 @@
 """Models of transformers on this module's masks and kernels give what they give with sdpa, or eager."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from conftest import DEVICES, explicit_mask
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from transformers import masking_utils
-from transformers.integrations.flex_attention import flex_attention_forward
 
 import causal_padded_flexattn
 from causal_padded_flexattn import register_transformers, transformers_attention, transformers_block_mask
@@ -28,7 +27,7 @@ LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+def built(monkeypatch: pytest.MonkeyPatch, stock_afterwards: None) -> list[dict]:
     """Registers this module, and lists how each block mask was made in closed form; no other may be made."""
     calls: list[dict] = []
     build = causal_padded_flexattn.create_causal_padding_block_mask
@@ -39,9 +38,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
 
     monkeypatch.setattr(causal_padded_flexattn, "create_causal_padding_block_mask", counted)
     register_transformers()
-    yield calls
-    masking_utils.AttentionMaskInterface.register("flex_attention", masking_utils.flex_attention_mask)
-    transformers.AttentionInterface.register("flex_attention", flex_attention_forward)
+    return calls
 
 
 @pytest.fixture(autouse=True)
