@@ -377,26 +377,25 @@ def _attend(
     options = _kernel_options(query, key, value, block_mask, backend)
     if torch.compiler.is_compiling():
         return _flex_attention(query, key, value, score_mod, block_mask, scale, options, return_lse)
-    # Compiling flex runs autograd. Were that in the device's thread, it might wait there for another thread's
-    # first backward pass, which waits for the compiler.
-    with torch.autograd.set_multithreading_enabled(False):
-        compiled, batch_size = _compiled_flex_attention(), query.shape[0]
-        if options["BACKEND"] != "TRITON_DECODE" or _part_of(batch_size) == batch_size:
-            return compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
-        results, start = [], 0
-        while start < batch_size:
-            rows = slice(start, start + _part_of(batch_size - start))
-            q, k, v = query[rows], key[rows], value[rows]
-            mods = _select(score_mod, block_mask, rows, torch.full((), start, device=query.device))
-            options = _kernel_options(q, k, v, block_mask)
-            results.append(compiled(q, k, v, *mods, scale, options, return_lse))
-            start = rows.stop
+    batch_size, results, start = query.shape[0], [], 0
+    if options["BACKEND"] != "TRITON_DECODE" or _part_of(batch_size) == batch_size:
+        return _run_compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
+    while start < batch_size:
+        rows = slice(start, start + _part_of(batch_size - start))
+        q, k, v = query[rows], key[rows], value[rows]
+        mods = _select(score_mod, block_mask, rows, torch.full((), start, device=query.device))
+        options = _kernel_options(q, k, v, block_mask)
+        results.append(_run_compiled(q, k, v, *mods, scale, options, return_lse))
+        start = rows.stop
     return tuple(map(torch.cat, zip(*results, strict=True))) if return_lse else torch.cat(results)
 
 
 def _part_of(batch_size: int) -> int:
-    """The decoding kernel is compiled for a batch size. Let there be few: 1 to 16, and powers of two."""
-    return batch_size if batch_size <= 16 else 1 << batch_size.bit_length() - 1
+    """The decoding kernel is compiled for a batch size. Let there be few: 1 to 16, and powers of two.
+
+    And not too large: a CUDA grid holds 65535 sequences times key heads.
+    """
+    return batch_size if batch_size <= 16 else min(512, 1 << batch_size.bit_length() - 1)
 
 
 def _select(score_mod: Any, block_mask: Any, rows: slice, start: Tensor) -> tuple[Any, Any]:
@@ -427,6 +426,19 @@ def _flex_attention(
     return (result[0], result[1].lse) if return_lse else result
 
 
+def _run_compiled(*args: Any) -> Any:
+    try:
+        # Compiling flex runs autograd. Were that in the device's thread, it might wait there for another
+        # thread's first backward pass, which waits for the compiler.
+        with torch.autograd.set_multithreading_enabled(False):
+            return _compiled_flex_attention()(*args)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # which has no public name
+            raise
+        rule = f"{_KINDS} kinds of input are compiled, the limit: use fewer head sizes, dtypes, batch sizes"
+        raise RuntimeError(f"{rule} to decode, score_mods; or call torch.compiler.reset()") from error
+
+
 @cache
 def _compiled_flex_attention() -> Any:
     # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on
@@ -434,12 +446,13 @@ def _compiled_flex_attention() -> Any:
     # torch breaks where two import what it compiles with.
     with _LOCK:
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            return torch.compile(_flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore
+            return torch.compile(_flex_attention, fullgraph=True, recompile_limit=_KINDS)  # type: ignore
         compiled = torch.compile(_flex_attention, fullgraph=True)
-        torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)  # torch 2.11
+        torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)  # 2.11
         return compiled
 
 
+_KINDS = 64
 _LOCK = threading.Lock()
 _FEW = 16  # queries
 
@@ -524,6 +537,8 @@ def _check_inputs(
         _require(not any(map(is_wrapped, (query, key, value))), rule, TypeError, query=type(query))
     small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
     _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
+    large = query.is_cuda and query.shape[0] >= 2**16  # than a grid of CUDA's
+    _require(not large, "on CUDA, a batch must be of at most 65535: make calls for parts of it", **got)
     divides = query.shape[1] % key.shape[1] == 0
     _require(divides, "the heads of query must be a multiple of those of key and value", **got)
     usable = score_mod is None or callable(score_mod)

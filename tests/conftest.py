@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-# The tests are small, and pytest -n auto runs one for each core. Torch reads it when it is imported.
+# The tests are small, and pytest -n auto runs one for each core. Torch reads these when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """causal_padded_attention: values and gradients, decoding, shapes that change, inputs that do not fit."""
 
-import contextlib
 import itertools
 import subprocess
 import sys
@@ -444,6 +443,21 @@ def test_activation_checkpointing(device: str) -> None:
         assert torch.equal(result, truth)
 
 
+@pytest.mark.cuda
+def test_what_is_compiled_first_within_a_backward_pass() -> None:
+    """Such checkpoints run again there, where autograd has a thread for the device."""
+    torch._dynamo.reset()
+    pads = make_pads("right", 200, "cuda")
+    inputs, grad_output = make_inputs("cuda")
+    attend = partial(causal_padded_attention, pads=pads)
+    inputs = [x.requires_grad_() for x in inputs]
+    output = checkpoint(attend, *inputs, use_reentrant=True)
+    output.backward(grad_output)
+    expected = with_gradients(attend, inputs, grad_output)
+    for result, truth in zip((output, *(x.grad for x in inputs)), expected, strict=True):
+        assert torch.equal(result, truth)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_part_of_the_heads(device: str) -> None:
     # As a rank of a tensor-parallel model has them: the mask serves any heads.
@@ -633,6 +647,33 @@ def test_a_mask_made_without_gradients_gives_none_in_silence(device: str) -> Non
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4096, 2, 128, 64), torch.float32),
+        ((65_535, 1, 17, 16), torch.float32),  # all that a grid of CUDA's holds
+        ((1024, 96, 16, 16), torch.float32),  # which decodes, in parts, as there are too many heads for one
+        ((17, 32, 32768, 128), torch.bfloat16),  # more than 2 ** 31 numbers
+    ],
+    ids=str,
+)
+def test_large_batches(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    batch_size, _, length, _ = shape
+    lengths = torch.linspace(min(length, 300), 1, batch_size, device="cuda").round()
+    pads = torch.arange(length, device="cuda") >= lengths[:, None]
+    query = torch.randn(shape, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        output = causal_padded_attention(query, query, query, pads)
+    for i in (0, 1, batch_size // 2, batch_size - 2, batch_size - 1):
+        real = int(lengths[i])
+        part = query[i : i + 1, :, :real]
+        exact = exact_attention(part, part, part, explicit_mask(pads[i : i + 1, :real]))
+        plain = sdpa_reference(part, part, part, pads[i : i + 1, :real])
+        assert_as_exact([output[i : i + 1, :, :real]], [plain], [exact])
+        assert output[i, :, real:].count_nonzero() == 0
+
+
+@pytest.mark.cuda
 def test_a_growing_cache_compiles_three_times_at_most(compilations: Callable[[], int]) -> None:
     for length in [*range(2, 20), *range(120, 140), *range(250, 260), 600, 1000]:
         (query, key, value), _ = make_inputs("cuda", torch.bfloat16, 16, lengths=(1, length))
@@ -681,23 +722,31 @@ def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
         )
 
 
-@pytest.mark.skipif("recompile_limit" not in signature(torch.compile).parameters, reason="has one for all")
-def test_at_the_limit_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_limit_it_raises_until_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is compiled, but for a limit of 2 and a compiler that is fast."""
-    compile_, asked = torch.compile, []
-
-    def with_less(function, fullgraph: bool, recompile_limit: int):
-        asked.append(recompile_limit)
-        return compile_(function, fullgraph=fullgraph, recompile_limit=2, backend="eager")
-
-    monkeypatch.setattr("torch.compile", with_less)
+    compile_ = torch.compile
+    limit = {"recompile_limit": 2} if "recompile_limit" in signature(compile_).parameters else {}
+    with_less = partial(compile_, backend="eager", **limit)
+    monkeypatch.setattr(
+        "torch.compile", lambda function, fullgraph, **_: with_less(function, fullgraph=fullgraph)
+    )
     compiled = _compiled_flex_attention.__wrapped__()
-    options = {"BACKEND": "TRITON"}
-    for size in (16, 24, 32):
+    monkeypatch.setattr(causal_padded_flexattn, "_compiled_flex_attention", lambda: compiled)
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 2)  # torch 2.11
+
+    def attend(size: int) -> None:
         inputs = torch.randn(3, 1, 2, 8, size)
-        with torch.no_grad(), contextlib.nullcontext() if size < 32 else pytest.raises(Exception) as error:
-            compiled(*inputs, None, None, None, options, False)
-    assert error.type.__name__ == "FailOnRecompileLimitHit" and asked == [64]
+        with torch.no_grad():
+            causal_padded_flexattn._run_compiled(*inputs, None, None, None, {"BACKEND": "TRITON"}, False)
+
+    attend(16)
+    attend(24)
+    with pytest.raises(
+        RuntimeError, match=r"64 kinds of input are compiled, the limit: .*call torch\.compiler\.reset\(\)$"
+    ):
+        attend(32)
+    torch.compiler.reset()
+    attend(32)
 
 
 LIMIT = """
@@ -1080,6 +1129,15 @@ PADS = _zeros(3, 8, dtype=torch.bool)
 def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         causal_padded_attention(**_bad(change))
+
+
+@pytest.mark.cuda
+def test_a_batch_that_is_too_large_for_cuda() -> None:
+    inputs = torch.zeros(3, 70_000, 1, 1, 16, device="cuda")
+    with pytest.raises(
+        ValueError, match=r"of at most 65535: make calls for parts of it; got query \(70000, "
+    ):
+        causal_padded_attention(*inputs, torch.zeros(70_000, 1, dtype=torch.bool, device="cuda"))
 
 
 @pytest.mark.cuda
