@@ -5,6 +5,7 @@ Results go to benchmarks/results/NAME.json, with the card and the versions; repo
 """
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,8 @@ import common
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from common import Attention, Batch, Case, NotMeasuredError, Row, flash_attention_4, parser_of, require
+from cases import Batch, Case
+from common import Attention, NotMeasuredError, Row, flash_attention_4, milliseconds, parser_of, require
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_mask, flex_attention
@@ -112,12 +114,25 @@ def with_lengths(batch: Batch) -> Attention:
             if x.requires_grad:
                 x.register_hook(lambda grad: grad.masked_fill_(pads, 0.0))
         output = flash(*views, **options)[0]
-        output.data.masked_fill_(
-            pads, 0.0
-        )  # in place, unseen by autograd: the kernels do not read there either
+        output.data.masked_fill_(pads, 0.0)  # unseen by autograd: the kernels do not read there either
         return output.transpose(1, 2)
 
     return attention
+
+
+def cudnn_flex(batch: Batch) -> Attention:
+    """Of nvidia-cudnn-frontend: every query sees the keys [0, F0) and [F1, F2), here none and its run."""
+    require(batch.device == "cuda", "needs CUDA")
+    try:
+        from cudnn.flex_attention import create_mask_plan, flex_attn_func
+    except ImportError as error:
+        raise NotMeasuredError("nvidia-cudnn-frontend is not installed") from error
+    first = torch.maximum(batch.first, batch.places - (batch.case.window or batch.case.kv_len) + 1)
+    ends = torch.zeros(1, 3, batch.pads.numel(), dtype=torch.int32, device=batch.device)  # padding sees none
+    ends[0, 1, batch.real], ends[0, 2, batch.real] = first.int(), batch.places.int() + 1
+    views = [x.transpose(1, 2) for x in batch.inputs]  # (B, S, H, D)
+    plan = create_mask_plan(ends, *views, build_backward=True)
+    return lambda *x: flex_attn_func(*(y.transpose(1, 2) for y in x), mask_plan=plan).transpose(1, 2)
 
 
 cudnn = partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION)
@@ -140,20 +155,26 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "FlashAttention-4 with lengths, padded rows zeroed": (with_lengths, False, False),
     "FlashAttention-4 varlen, padded to padded": (fa4, False, True),
     "FlashAttention-4 varlen, already packed": (fa4, True, False),
+    "cudnn.flex_attention": (cudnn_flex, False, False),
 }
 
 
 def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) -> Row:
     make, packed, packs = WAYS[way]
     common.compile_afresh()
+    start = time.perf_counter()
     attention = make(batch)
     if packs:
         inner = attention
         attention = lambda *inputs: batch.unpack(inner(*map(batch.pack, inputs)))  # noqa: E731
     inputs = [batch.pack(x) if packed else x for x in batch.inputs]
     grad = batch.pack(batch.grad_output) if packed else batch.grad_output
+    results = common.differentiate(attention, inputs, grad)
+    common.synchronize(batch.device)
+    row: Row = {"first_s": time.perf_counter() - start}
+    row["mask_ms"] = common.wall_milliseconds(lambda: make(batch), batch.device, times=10)
     errors = []
-    for result, truth, own in zip(common.differentiate(attention, inputs, grad), exact, plain, strict=True):
+    for result, truth, own in zip(results, exact, plain, strict=True):
         result = result if packed else batch.pack(result)
         error, own_error = ((x - truth).norm().item() / truth.norm().item() for x in (result, own))
         if not error <= 3 * own_error:
@@ -161,19 +182,17 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
                 raise ValueError(f"{way} is wrong in {batch.case}: error {error:.1e}, SDPA's {own_error:.1e}")
             raise NotMeasuredError(f"wrong, error {error:.1e}")
         errors.append(error)
-    row: Row = {"error": errors[0], "gradient_error": max(errors[1:])}
+    del results
+    row |= {"error": errors[0], "gradient_error": max(errors[1:])}
     if batch.device == "cuda":
         row["peak_mib"] = common.peak_mib(lambda: common.differentiate(attention, inputs, grad))
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.no_grad():
         attention(*inputs)  # a graph of its own to compile
-        row["forward_ms"], row["forward_host_ms"] = common.milliseconds(
-            lambda: attention(*inputs), batch.device
-        )
+        row["forward_ms"], row["forward_host_ms"] = milliseconds(lambda: attention(*inputs), batch.device)
     output = attention(*inputs)
-    row["backward_ms"], row["backward_host_ms"] = common.milliseconds(
-        lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True), batch.device
-    )
+    backward = partial(torch.autograd.grad, output, inputs, grad, retain_graph=True)
+    row["backward_ms"], row["backward_host_ms"] = milliseconds(backward, batch.device)
     return row
 
 
@@ -188,12 +207,9 @@ def run(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, dev
             row: Row = {**asdict(case), "way": way}
             try:
                 row |= measure(way, batch, exact, plain)
-            except NotMeasuredError as reason:
-                row["not_measured"] = str(reason)
-            except torch.OutOfMemoryError:
-                row["not_measured"] = "out of memory"
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            except (NotMeasuredError, torch.OutOfMemoryError) as why:
+                row["not_measured"] = str(why) if isinstance(why, NotMeasuredError) else "out of memory"
+            torch.cuda.empty_cache()
             rows.append(row)
             shown = row.get("not_measured") or (row["forward_ms"], row["backward_ms"])
             tqdm.write(f"{case}: {way}: {shown}")
@@ -217,26 +233,17 @@ CASES = {
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("what", choices=CASES)
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out, on small cases"
-    )
-    parser.add_argument(
-        "--ways", nargs="+", default=[""], help="those of this name, or whose name contains it"
-    )
-    parser.add_argument(
-        "--cases", nargs="+", type=int, metavar="N", help="places in the list; all if left out"
-    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries small cases")
+    parser.add_argument("--ways", nargs="+", default=[""], help="of this name, or whose name contains it")
+    parser.add_argument("--cases", nargs="+", type=int, metavar="N", help="places in the list, default: all")
     args = parser.parse_args()
     cases = CASES[args.what]
-    if args.cases:
-        cases = [cases[i] for i in args.cases]
+    cases = [cases[i] for i in args.cases or range(len(cases))]
     if args.device == "cpu":
         small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
         cases = [replace(case, **small, window=case.window and 8) for case in cases]
-    ways = [
-        way for way in WAYS if any(part == way or (part not in WAYS and part in way) for part in args.ways)
-    ]
-    run(args.what, cases, ways, args.results, args.device)
+    named = [way for way in WAYS if any(x == way or (x not in WAYS and x in way) for x in args.ways)]
+    run(args.what, cases, named, args.results, args.device)
 
 
 if __name__ == "__main__":

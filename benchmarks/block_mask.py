@@ -5,13 +5,12 @@ python benchmarks/block_mask.py      on a CUDA card
 Results go to benchmarks/results/block_mask.json; benchmarks/report.py shows them.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Row, parser_of, peak_mib, right_padding, save
+from cases import right_padding
+from common import Row, parser_of, peak_mib, save, wall_milliseconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from tqdm import tqdm
@@ -49,17 +48,8 @@ def ways(pads: Tensor) -> dict[str, Callable[[], BlockMask]]:
 
 def measure(build: Callable[[], BlockMask]) -> Row:
     """Wall time until the device is done, and the peak of the memory allocated, the result included."""
-    build()
-    samples = []
-    for _ in range(50):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        build()
-        torch.cuda.synchronize()
-        samples.append((time.perf_counter() - start) * 1e3)
-    quartiles = statistics.quantiles(samples, n=4)
-    quartiles_ms = [quartiles[0], quartiles[2]]
-    return {"ms": statistics.median(samples), "quartiles_ms": quartiles_ms, "peak_mib": peak_mib(build)}
+    first, median, third = wall_milliseconds(build, "cuda", times=50)
+    return {"ms": median, "quartiles_ms": [first, third], "peak_mib": peak_mib(build)}
 
 
 def main() -> None:

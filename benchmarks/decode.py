@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import padded
 from common import (
     NotMeasuredError,
     Row,
     compile_afresh,
     flash_attention_4,
     milliseconds,
-    padded,
     parser_of,
     require,
     save,

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import Row, padded, parser_of, right_padding, save, synchronize
+from cases import padded, right_padding
+from common import Row, parser_of, save, synchronize
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
@@ -132,10 +133,8 @@ def generate_of(way: str, kind: str, cache: str, device: str, rounds: int) -> No
         tokens = model.eval().generate(**prompts, **options, cache_implementation=cache)[:, length:]
         synchronize(device)
         step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
-        print(
-            json.dumps({"round": round_, "tokens": tokens.numel(), "sum": int(tokens.sum()), **step}),
-            flush=True,
-        )
+        step |= {"round": round_, "tokens": tokens.numel(), "sum": int(tokens.sum())}
+        print(json.dumps(step), flush=True)
 
 
 def first_step(artifacts: Path, device: str) -> None:
@@ -207,9 +206,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     choices = ["stream", "transformers", "generate", "first-step"]
     parser.add_argument("what", choices=choices + [f"{choice}-of" for choice in choices])
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream out"
-    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream")
     parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to generate with")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Case, load, made_with, parser_of
+from cases import Case
+from common import load, made_with, parser_of
 from decode import Step
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure

@@ -3,17 +3,21 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from attention import LARGE, SMALL
-from common import Case, load, made_with, parser_of
+from cases import Case
+from common import load, made_with, parser_of
 from decode import WAYS, Step
 from models import CACHES, ROUNDS
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(row)} |" for row in lines]
+    """Without columns of which nothing was measured."""
+    columns = [column for column in zip_longest(header, *rows, fillvalue="") if any(column[1:])]
+    header, *rows = map(list, zip(*columns, strict=True))
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def spaced(number: int) -> str:
@@ -57,19 +61,17 @@ def attention_table(folder: Path, name: str = "attention") -> str:
         if Case.of(row) != measured[0]:
             continue
         if not done:
-            rows.append([row["way"], row["not_measured"], *[""] * 5])
+            rows.append([row["way"], row["not_measured"], *[""] * 6])
             continue
         cells = [row["way"]]
-        for passes, share in (
-            ("forward", 1),
-            ("backward", 2.5),
-        ):  # five matrix products backward, two forward
+        for passes, share in (("forward", 1), ("backward", 2.5)):  # two matrix products, and five
             median = row[f"{passes}_ms"][1]
             tflops = share * measured[0].flops() / median / 1e9
             cells += [f"{median:.2f}", f"{tflops:.0f} ({tflops / rate:.0%})"]
         host = f"{row['forward_host_ms']:.2f} / {row['backward_host_ms']:.2f}"
-        rows.append([*cells, host, f"{row.get('peak_mib', 0):.0f}"])
-    header = ["", "ms forward", "TFLOP/s", "ms backward", "TFLOP/s", "host ms", "peak MiB"]
+        mask = f"{row['mask_ms'][1]:.2f}" if "mask_ms" in row else ""
+        rows.append([*cells, host, f"{row.get('peak_mib', 0):.0f}", mask])
+    header = ["", "ms forward", "TFLOP/s", "ms backward", "TFLOP/s", "host ms", "peak MiB", "mask ms"]
     product = f"percent of a bf16 matrix product of 8192 x 8192 x 8192, {rate:.0f} TFLOP/s in the same run"
     lines = [f"{measured[0]}", "", *table(header, rows), ""]
     lines += [f"In brackets: {product}. All cases, ms forward / backward:", ""]
@@ -150,6 +152,7 @@ TABLES = {
     "block-mask": block_mask_table,
     "stream": stream_table,
     "attention": attention_table,
+    "cudnn": lambda folder: attention_table(folder, "cudnn"),
     "scaling": scaling_table,
     "transformers": transformers_table,
     "window": window_table,

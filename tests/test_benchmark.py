@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attention
 import block_mask
+import cases
 import common
 import decode
 import models
@@ -31,7 +32,7 @@ def run_python(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-RIGHT = common.Case(3, 40, 16, 4, 4, 40, "right")
+RIGHT = cases.Case(3, 40, 16, 4, 4, 40, "right")
 CASES = [
     RIGHT,
     replace(RIGHT, padding=0),
@@ -43,7 +44,7 @@ CASES = [
 ]
 
 
-def seen_by(batch: common.Batch) -> torch.Tensor:
+def seen_by(batch: cases.Batch) -> torch.Tensor:
     documents = batch.documents if batch.case.documents > 1 else None
     return explicit_mask(batch.pads, window=batch.case.window, documents=documents)
 
@@ -63,26 +64,28 @@ def test_a_case_says_what_it_is() -> None:
         "padding": 40,
         "side": "right",
     }
-    assert common.Case.of(old) == RIGHT
+    assert cases.Case.of(old) == RIGHT
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_case(case: common.Case) -> None:
-    batch = common.Batch(case, "cpu")
+def test_a_case(case: cases.Case) -> None:
+    batch = cases.Batch(case, "cpu")
     assert batch.pads.float().mean().item() == pytest.approx(case.padding / 100, abs=0.01)
     assert (~batch.pads).sum(1).tolist() == case.lengths()
     assert batch.cumulative.diff().tolist() == case.pieces() and sum(case.pieces()) == sum(case.lengths())
     assert len(case.pieces()) == case.batch_size * case.documents
-    pairs = seen_by(batch).sum().item()  # of each head
+    seen = seen_by(batch)
+    pairs = seen.sum().item()  # of each head
     assert case.pairs() == pairs
-    assert (
-        case.flops() == pairs * case.heads * 2 * 2 * case.head_dim
-    )  # products with key and value, multiply and add
+    assert case.flops() == pairs * case.heads * 2 * 2 * case.head_dim  # two products, multiply and add
+    first = seen.int().argmax(-1)[~batch.pads]
+    assert torch.equal(torch.maximum(batch.first, batch.places - (case.window or 40) + 1), first)
+    assert torch.equal(seen.sum(-1)[~batch.pads], batch.places - first + 1)  # one run of keys
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pack_and_unpack_undo_each_other(case: common.Case) -> None:
-    batch = common.Batch(case, "cpu")
+def test_pack_and_unpack_undo_each_other(case: cases.Case) -> None:
+    batch = cases.Batch(case, "cpu")
     x = batch.inputs[0].double().requires_grad_()
     packed = batch.pack(x)
     assert torch.equal(packed, x.transpose(1, 2)[~batch.pads])
@@ -92,8 +95,8 @@ def test_pack_and_unpack_undo_each_other(case: common.Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_the_ways_are_checked_against_is_exact(case: common.Case) -> None:
-    batch = common.Batch(case, "cpu")
+def test_what_the_ways_are_checked_against_is_exact(case: cases.Case) -> None:
+    batch = cases.Batch(case, "cpu")
     mask = seen_by(batch)
     exact = with_gradients(lambda *inputs: exact_attention(*inputs, mask), batch.inputs, batch.grad_output)
     for ours, truth in zip(batch.reference(torch.float64), exact, strict=True):
@@ -114,9 +117,9 @@ def test_what_the_ways_are_checked_against_is_exact(case: common.Case) -> None:
 def test_a_wrong_way_is_not_timed(
     way: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = common.Batch(RIGHT, "cpu")
+    batch = cases.Batch(RIGHT, "cpu")
 
-    def without_mask(batch: common.Batch) -> common.Attention:
+    def without_mask(batch: cases.Batch) -> common.Attention:
         return lambda query, key, value: torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
     monkeypatch.setitem(attention.WAYS, way, (without_mask, False, False))
