@@ -290,7 +290,7 @@ def test_the_table_of_scaling(tmp_path: Path) -> None:
 
 def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     def row(ranks: int, both: float, bits: int) -> dict:
-        times = {"forward_ms": 1.0, "both_ms": both, "exchange_ms": 2.0, "peak_mib": 512.0}
+        times = {"forward_ms": 1.0, "both_ms": both, "exchange_ms": 2.0, "wire_ms": 1.5, "peak_mib": 512.0}
         return {"ranks": ranks, "length": 2048, "checksums": [[bits]], **times}
 
     rows = [row(4, 5.0, 1), row(2, 8.0, 0), {"ranks": 1, "length": 2048, "out_of_memory": True}]
@@ -300,8 +300,8 @@ def test_the_table_of_sequence_parallel(tmp_path: Path) -> None:
     table = sequence_parallel.table(tmp_path)
     assert table.startswith("B1 H32/8 D128, 40 % right padding\n")
     assert "| 2 048 | 1 | out of memory |" in table
-    assert "| 2 048 | 2 | 1.0 | 8.0 | 2.0 (25%) | 0.5 | 100% |  |" in table
-    assert "| 2 048 | 4 | 1.0 | 5.0 | 2.0 (40%) | 0.5 | 80% | no |" in table
+    assert "| 2 048 | 2 | 1.0 | 8.0 | 2.0 (1.5) | 0.5 | 100% |  |" in table
+    assert "| 2 048 | 4 | 1.0 | 5.0 | 2.0 (1.5) | 0.5 | 80% | no |" in table
 
 
 def test_decode_at_tiny_sizes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """sequence_parallel_attention on two ranks is what one rank computes."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import PAIRS_OF_DEVICES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from causal_padded_flexattn import (
+    _copy,
     causal_padded_attention,
     create_causal_padding_block_mask,
     sequence_parallel_attention,
@@ -19,13 +21,15 @@ RANKS = 2
 
 
 def compare(rank: int, mesh: DeviceMesh, device: str, heads: tuple[int, int], causal: bool) -> None:
-    length, sizes = 300, (heads[0], heads[1], heads[1])
-    inputs = [torch.randn(3, n, length, 32).to(device).requires_grad_() for n in sizes]
-    grad_output = torch.randn(3, heads[0], length, 32).to(device)
+    length, shapes = 300, ((heads[0], 32), (heads[1], 32), (heads[1], 16))
+    inputs = [torch.randn(3, n, length, size).to(device).requires_grad_() for n, size in shapes]
+    grad_output = torch.randn(3, heads[0], length, 16).to(device)
     pads = (torch.arange(length) >= torch.tensor([[length], [130], [1]])).to(device)
     pads[0, :7] = True
-    expected = causal_padded_attention(*inputs, pads, causal=causal)
-    gradients = torch.autograd.grad(expected, inputs, grad_output)
+    # Laid out as models do, and as they come out of the exchange: another layout may round otherwise.
+    as_models = [x.movedim(2, 0).contiguous().movedim(0, 2) for x in (*inputs, grad_output)]
+    expected = causal_padded_attention(*as_models[:3], pads, causal=causal)
+    gradients = torch.autograd.grad(expected, inputs, as_models[3])
 
     ours = [x.detach().chunk(RANKS, dim=2)[rank].requires_grad_() for x in inputs]
     block_mask = create_causal_padding_block_mask(pads, causal=causal)
@@ -59,6 +63,9 @@ def attend(rank: int, store: str, device: str) -> None:
     ours = sequence_parallel_attention(*parts, pads, mesh, window=50, return_lse=True)
     for result, truth in zip(ours, whole, strict=True):
         torch.testing.assert_close(result, truth.chunk(RANKS, dim=2)[rank], rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(partial(sequence_parallel_attention, pads=pads, mesh=mesh), fullgraph=True)
+    expected = sequence_parallel_attention(*parts, pads, mesh)
+    torch.testing.assert_close(compiled(*parts), expected, rtol=1e-5, atol=1e-5)
     dist.barrier()  # else one rank may leave while the other's exchange still has a thread
     dist.destroy_process_group()
 
@@ -66,6 +73,17 @@ def attend(rank: int, store: str, device: str) -> None:
 @pytest.mark.parametrize("device", PAIRS_OF_DEVICES)
 def test_two_ranks(device: str, tmp_path: Path) -> None:
     mp.spawn(attend, (str(tmp_path / "store"), device), nprocs=RANKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_copies_keep_all_bits(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 12, 8, 20).to(dtype)
+    x[0, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])
+    for view in (x, x.transpose(1, 2), x[..., 1:], x[..., 1:5], x[..., :5], x.mT, x[..., 0]):
+        copied = _copy(view)
+        assert copied.is_contiguous() and copied.shape == view.shape
+        same = copied.view(torch.uint8) == view.contiguous().view(torch.uint8)
+        assert same.all()
 
 
 class Mesh:
