@@ -186,7 +186,6 @@ SHOWN = {
     "SDPA, explicit mask, cuDNN": "SDPA, mask row",
     "SDPA, is_causal, cuDNN, computes the padding": None,
     "FlashAttention-4 with lengths, padded rows zeroed": None,
-    "FlashAttention-4 varlen, padded to padded": None,
 }
 
 

@@ -17,7 +17,7 @@ TABLES = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README + TABLES, re.MULTILINE | re.DOTALL)
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
