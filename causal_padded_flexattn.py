@@ -377,9 +377,10 @@ def _attend(
     options = _kernel_options(query, key, value, block_mask, backend)
     if torch.compiler.is_compiling():
         return _flex_attention(query, key, value, score_mod, block_mask, scale, options, return_lse)
-    batch_size, results, start = query.shape[0], [], 0
+    batch_size = query.shape[0]
     if options["BACKEND"] != "TRITON_DECODE" or _part_of(batch_size) == batch_size:
         return _run_compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
+    results, start = [], 0
     while start < batch_size:
         rows = slice(start, start + _part_of(batch_size - start))
         q, k, v = query[rows], key[rows], value[rows]
@@ -489,7 +490,7 @@ def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
 def _kernel_options(
     query: Tensor, key: Tensor, value: Tensor, block_mask: Any, backend: str = "triton"
 ) -> dict[str, Any]:
-    """What was measured on an H100 is used on Hopper; elsewhere torch chooses."""
+    """What was measured on an H100 or H200 is used on Hopper; elsewhere torch chooses."""
     if backend == "flash":
         return {"BACKEND": "FLASH"}
     group, on_hopper = query.shape[1] // key.shape[1], _is_on_hopper(query)
@@ -540,7 +541,7 @@ def _check_inputs(
         _require(not any(map(is_wrapped, (query, key, value))), rule, TypeError, query=type(query))
     small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
     _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
-    large = query.is_cuda and query.shape[0] >= 2**16  # than a grid of CUDA's
+    large = query.is_cuda and query.shape[0] >= 2**16  # than a CUDA grid
     _require(not large, "on CUDA, a batch must be of at most 65535: make calls for parts of it", **got)
     divides = query.shape[1] % key.shape[1] == 0
     _require(divides, "the heads of query must be a multiple of those of key and value", **got)
