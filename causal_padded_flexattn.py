@@ -677,6 +677,8 @@ def sequence_parallel_attention(
     fits = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
     rule = "ranks must divide the heads of query, and divide those of key or be a multiple of them: use fewer"
     _require(fits, rule, ranks=ranks, heads=(heads, kv_heads))
+    if ranks == 1:
+        return causal_padded_attention(query, key, value, pads, **kwargs)
     copies = max(1, ranks // kv_heads)
     if copies > 1:
         key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)

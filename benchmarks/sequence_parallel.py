@@ -109,10 +109,10 @@ def measure(
         for x in (*parts, grad_output) * 2:
             dist.all_to_all_single(received[: x.numel()], sent[: x.numel()])
 
-    row["forward_ms"] = milliseconds(lambda: attend(*parts), device, times)
-    for name, run in (("both_ms", both), ("exchange_ms", exchange), ("wire_ms", wire)):
-        row[name] = milliseconds(run, device, times)
-    return row
+    runs: dict[str, Callable[[], object]] = {"forward_ms": lambda: attend(*parts), "both_ms": both}
+    if mesh.size() > 1:
+        runs |= {"exchange_ms": exchange, "wire_ms": wire}
+    return row | {name: milliseconds(run, device, times) for name, run in runs.items()}
 
 
 def measure_layers(
