@@ -145,11 +145,15 @@ def create_causal_padding_block_mask(
     _require(min(q_block, kv_block) >= 1, "BLOCK_SIZE must be at least 1", BLOCK_SIZE=BLOCK_SIZE)
     q_len, q_offset = _find_queries(pads, q_len, q_offset, causal, window, documents, query_pads)
     kv_len, device = pads.shape[1], pads.device
-    places = torch.arange(kv_len, dtype=torch.int32, device=device)
-    rows: Any = slice(q_offset, q_offset + q_len)
+    numbers = torch.arange(max(q_len, kv_len) + 1, dtype=torch.int32, device=device)
+    places = numbers[:kv_len]
+    rows: Any
     if isinstance(q_offset, Tensor):
-        rows = q_offset.reshape(1) if q_len == 1 else places[:q_len] + q_offset
-    positions = rows if isinstance(rows, Tensor) else places[rows]
+        rows = positions = q_offset.reshape(1) if q_len == 1 else places[:q_len] + q_offset
+        q_pads = pads.index_select(1, rows)
+    else:
+        rows = slice(q_offset, q_offset + q_len)
+        positions, q_pads = places[rows], pads[:, rows] if query_pads is None else query_pads
 
     # The run of keys that each query sees: (L,) or (B, L).
     first, last = None, positions if causal else places[-1]
@@ -168,26 +172,26 @@ def create_causal_padding_block_mask(
 
     # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
     far = 2 * kv_len
-    q_pads = pads[:, rows] if query_pads is None else query_pads
     few = q_len <= min(_FEW, q_block) and not torch.is_grad_enabled()
     # One block, however short; but flex on the CPU, and kernels for whole sequences, ask for all its rows.
     of_queries = q_len if few and pads.is_cuda and q_len < kv_len else q_block
-    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), of_queries, -1, (1, 0))  # largest, smallest
+    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), of_queries, -1, few)  # largest, smallest
     # The first real key of each block, and the last key, far off if any of the block is padding.
-    _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, (0, 1))
+    _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, few)
     q_ends, kv_ends = [lasts], [keys]
     if first is not None:
-        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), of_queries, far, (0, 1))
-        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, (0, 1))
-        q_ends, kv_ends = [lasts, firsts], [keys, torch.stack((real[1], keys[0]))]  # last real key, first key
+        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), of_queries, far, few)
+        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, few)  # the last real key, first
+        real = real if few else torch.stack((real[0], keys[0]))  # and the first key
+        q_ends, kv_ends = [lasts, firsts], [keys, real]
 
     most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
     dtype = torch.int32 if few or most >= 2**15 else torch.int16 if most >= 2**7 else torch.int8
-    numbers = torch.arange(1, most + 1, dtype=dtype, device=device)
+    numbers = numbers[1 : most + 1].to(dtype)
     # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
     # wrongly, so these come from the comparison turned round, not from transposed tiles.
     if few:  # the decoding kernel shares out the tiles of one list evenly, and has no backward pass
-        one = _list_tiles([x[:1] for x in q_ends], [x[:1] for x in kv_ends], numbers, False)
+        one = _list_tiles(q_ends, kv_ends, numbers, False)
         lists: Any = [one[0][0], one[1][0], *[None] * 6]
     else:
         both = _list_tiles(q_ends, kv_ends, numbers, False), _list_tiles(kv_ends, q_ends, numbers, True)
@@ -236,15 +240,21 @@ def _find_queries(
     return q_len, q_offset
 
 
-def _blocks(places: Tensor, block: int, outside: int, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Fill up the last block; and the smallest and largest of each, in that order: (2, B, 1, blocks, 1)."""
-    if block == 1:
-        return places, places[None, :, None, :, None].expand(2, -1, -1, -1, -1)
+def _blocks(places: Tensor, block: int, outside: int, few: bool) -> tuple[Tensor, Tensor]:
+    """Fill up the last block from outside; and the ends of each: (2, B, 1, blocks, 1).
+
+    First the end that padding does not reach: the largest where outside is -1, else the smallest. With few
+    queries that one alone.
+    """
     if places.shape[1] % block:
         places = _fill(places, -places.shape[1] % block, outside)
     in_blocks = places.view(places.shape[0], 1, -1, block)
+    if block == 1:
+        return places, in_blocks.expand(1 if few else 2, -1, -1, -1, -1)
+    if few:
+        return places, (in_blocks.amax if outside < 0 else in_blocks.amin)(-1, keepdim=True)[None]
     ends = places.new_empty(2, *in_blocks.shape[:-1], 1)
-    torch.aminmax(in_blocks, dim=-1, keepdim=True, out=(ends[order[0]], ends[order[1]]))
+    torch.aminmax(in_blocks, dim=-1, keepdim=True, out=ends.unbind()[:: -1 if outside < 0 else 1])
     return places, ends
 
 
@@ -275,8 +285,7 @@ def _list_tiles(
     """
     # It costs launches more than work: few operations, both lists in each. int8, as cumsum copies booleans.
     compare = (torch.le, torch.ge) if transposed else (torch.ge, torch.le)
-    tiles = numbers.new_empty(*rows[0].shape[:-1], columns[0].shape[3], dtype=torch.int8)
-    compare[0](rows[0], columns[0].mT, out=tiles)
+    tiles = compare[0](rows[0], columns[0].mT).view(torch.int8)
     if len(rows) > 1:
         tiles &= compare[1](rows[1], columns[1].mT)
     if len(tiles) > 1:
