@@ -523,8 +523,13 @@ def _kernel_options(
     if width == 256 and query.element_size() == 2 and on_hopper:
         if query.shape[2] < 128:  # half the time of torch's, mostly empty, tiles
             options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
-        else:  # small enough that two programs share a multiprocessor: one multiplies, one exponentiates
-            options |= {"fwd_num_stages": 2, "fwd_num_warps": 4}
+        else:
+            # Small enough that two programs share a multiprocessor: one multiplies, one exponentiates. But
+            # where a window or documents cut tiles at both ends, larger ones are faster.
+            small: Any = {"fwd_num_stages": 2, "fwd_num_warps": 4}
+            tiles = {"up_to_last": small, "from_first_to_last": {"fwd_BLOCK_N": 128}}
+            mask_mod = getattr(block_mask, "mask_mod", None)
+            options |= tiles.get(getattr(mask_mod, "__name__", ""), {})
     if query.shape[3] <= 64 and query.element_size() == 2 and on_hopper:
         # Torch's own tiles spill registers forward there, and are slower backward.
         options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}

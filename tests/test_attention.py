@@ -157,6 +157,11 @@ def test_dtypes(device: str, dtype: torch.dtype) -> None:
 def test_head_sizes(device: str, sizes: tuple[int, int]) -> None:
     for padding in ("right", "left"):
         check(*make_inputs(device, torch.bfloat16, sizes=sizes), make_pads(padding, 200, device))
+    check(
+        *make_inputs(device, torch.bfloat16, sizes=sizes),
+        make_pads("holes", 200, device),
+        seen={"window": 70},
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
