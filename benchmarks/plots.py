@@ -22,7 +22,7 @@ OURS, OTHERS = "#c1440e", "0.45"
 WAYS = {
     "ours, auto": "ours, auto",
     "FlashAttention-4 with lengths, padded rows zeroed": "FA4 with lengths",
-    "FlashAttention-4 varlen, padded to padded": "FA4, pack and pad",
+    "cudnn.flex_attention": "cudnn.flex_attention",
     "SDPA, is_causal, cuDNN, computes the padding": "SDPA, is_causal",
     "FlashAttention-2 varlen (torch), padded to padded": "FA2, pack and pad",
     "SDPA, explicit mask, cuDNN": "SDPA, explicit mask",
@@ -74,6 +74,8 @@ def scaling(folder: Path) -> Figure:
     axes, ends = figure.subplots(), {}
     for (way, name), marker in zip(WAYS.items(), "osv^Dx", strict=True):
         rows = [row for row in result["results"] if row["way"] == way and "forward_ms" in row]
+        if not rows:
+            continue
         times = [row["forward_ms"][1] + row["backward_ms"][1] for row in rows]
         ours = way.startswith("ours")
         style = {"linewidth": 3.5 if ours else 1.3, "color": OURS if ours else OTHERS, "marker": marker}

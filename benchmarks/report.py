@@ -49,9 +49,9 @@ def stream_table(folder: Path) -> str:
     return "\n".join([*table(header, rows), "", made_with(result)])
 
 
-def attention_table(folder: Path, name: str = "attention") -> str:
+def attention_table(folder: Path) -> str:
     """The first case with TFLOP/s of the allowed pairs, in percent of the matrix products'; then all."""
-    result = load(name, folder)
+    result = load("attention", folder)
     rate, measured = result["matmul_tflops"], list(dict.fromkeys(map(Case.of, result["results"])))
     rows, all_cases = [], dict[str, dict[Case, str]]()
     for row in result["results"]:
@@ -152,7 +152,6 @@ TABLES = {
     "block-mask": block_mask_table,
     "stream": stream_table,
     "attention": attention_table,
-    "cudnn": lambda folder: attention_table(folder, "cudnn"),
     "scaling": scaling_table,
     "transformers": transformers_table,
     "window": window_table,
@@ -186,6 +185,7 @@ SHOWN = {
     "SDPA, explicit mask, cuDNN": "SDPA, mask row",
     "SDPA, is_causal, cuDNN, computes the padding": None,
     "FlashAttention-4 with lengths, padded rows zeroed": None,
+    "cudnn.flex_attention": None,
 }
 
 
