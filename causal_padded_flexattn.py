@@ -181,8 +181,8 @@ def create_causal_padding_block_mask(
     q_ends, kv_ends = [lasts], [keys]
     if first is not None:
         first, firsts = _blocks(torch.add(first, q_pads, alpha=far), of_queries, far, few)
-        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, few)  # the last real key, first
-        real = real if few else torch.stack((real[0], keys[0]))  # and the first key
+        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, few)
+        real = real if few else torch.stack((real[0], keys[0]))  # the last real key, and the first key
         q_ends, kv_ends = [lasts, firsts], [keys, real]
 
     most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
@@ -241,10 +241,10 @@ def _find_queries(
 
 
 def _blocks(places: Tensor, block: int, outside: int, few: bool) -> tuple[Tensor, Tensor]:
-    """Fill up the last block from outside; and the ends of each: (2, B, 1, blocks, 1).
+    """The places, the last block filled up with `outside`; and the ends of each block: (2, B, 1, blocks, 1).
 
-    First the end that padding does not reach: the largest where outside is -1, else the smallest. With few
-    queries that one alone.
+    The end that `outside` is not comes first: the largest where it is -1, else the smallest. If few, that one
+    alone: (1, B, 1, blocks, 1).
     """
     if places.shape[1] % block:
         places = _fill(places, -places.shape[1] % block, outside)
