@@ -22,6 +22,7 @@ from causal_padded_flexattn import (
     _compiled_flex_attention,
     _flash_obstacle,
     _is_faster_with_flash,
+    _kernel_options,
     causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
@@ -549,6 +550,26 @@ def test_decoding_into_a_preallocated_cache_compiles_once(
         with torch.no_grad():
             causal_padded_attention(query, key, value, pads, block_mask=block_mask)
     assert compilations() == 1
+
+
+def test_tiles_of_heads_of_128_follow_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, where they were measured: known by the name of the block mask's mask_mod."""
+    monkeypatch.setattr(causal_padded_flexattn, "_is_on_hopper", lambda x: True)
+    inputs, _ = make_inputs("cpu", torch.bfloat16, sizes=(128, 128))
+    pads = make_pads("right", 200, "cpu")
+    documents = torch.zeros(3, 200, dtype=torch.int32)
+    textbook = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 200, 200, "cpu")
+    small, large = {"fwd_num_stages": 2, "fwd_num_warps": 4}, {"fwd_BLOCK_N": 128}
+    for block_mask, tiles in (
+        (create_causal_padding_block_mask(pads), small),
+        (create_causal_padding_block_mask(pads, causal=False), small),
+        (create_causal_padding_block_mask(pads, window=50), large),
+        (create_causal_padding_block_mask(pads, documents=documents), large),
+        (textbook, {}),
+        (None, {}),
+    ):
+        options = _kernel_options(*inputs, block_mask)
+        assert {name: option for name, option in options.items() if name.startswith("fwd")} == tiles
 
 
 @pytest.mark.cuda
