@@ -185,14 +185,13 @@ def create_causal_padding_block_mask(
         real = real if few else torch.stack((real[0], keys[0]))  # the last real key, and the first key
         q_ends, kv_ends = [lasts, firsts], [keys, real]
 
-    most = max(lasts.shape[3], keys.shape[3])  # tiles in a row or a column, numbered no wider than need be
+    most = max(lasts.shape[-2], keys.shape[-2])  # tiles in a row or a column, numbered no wider than need be
     dtype = torch.int32 if few or most >= 2**15 else torch.int16 if most >= 2**7 else torch.int8
     numbers = numbers[1 : most + 1].to(dtype)
     # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
     # wrongly, so these come from the comparison turned round, not from transposed tiles.
     if few:  # the decoding kernel shares out the tiles of one list evenly, and has no backward pass
-        one = _list_tiles(q_ends, kv_ends, numbers, False)
-        lists: Any = [one[0][0], one[1][0], *[None] * 6]
+        lists: Any = [*_list_tiles(q_ends, kv_ends, numbers, False), *[None] * 6]
     else:
         both = _list_tiles(q_ends, kv_ends, numbers, False), _list_tiles(kv_ends, q_ends, numbers, True)
         lists = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
@@ -244,15 +243,15 @@ def _blocks(places: Tensor, block: int, outside: int, few: bool) -> tuple[Tensor
     """The places, the last block filled up with `outside`; and the ends of each block: (2, B, 1, blocks, 1).
 
     The end that `outside` is not comes first: the largest where it is -1, else the smallest. If few, that one
-    alone: (1, B, 1, blocks, 1).
+    alone: (B, 1, blocks, 1).
     """
     if places.shape[1] % block:
         places = _fill(places, -places.shape[1] % block, outside)
     in_blocks = places.view(places.shape[0], 1, -1, block)
     if block == 1:
-        return places, in_blocks.expand(1 if few else 2, -1, -1, -1, -1)
+        return places, in_blocks if few else in_blocks.expand(2, -1, -1, -1, -1)
     if few:
-        return places, (in_blocks.amax if outside < 0 else in_blocks.amin)(-1, keepdim=True)[None]
+        return places, (in_blocks.amax if outside < 0 else in_blocks.amin)(-1, keepdim=True)
     ends = places.new_empty(2, *in_blocks.shape[:-1], 1)
     torch.aminmax(in_blocks, dim=-1, keepdim=True, out=ends.unbind()[:: -1 if outside < 0 else 1])
     return places, ends
@@ -278,7 +277,7 @@ def _fill(places: Tensor, missing: int, value: int) -> Tensor:
 def _list_tiles(
     rows: list[Tensor], columns: list[Tensor], numbers: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """How many tiles of a row are partial, how many full, (2, B, 1, rows); which, (2, B, 1, rows, columns).
+    """How many tiles of a row are partial, and full, (2, B, 1, rows), or if few either, (B, 1, rows); which.
 
     Some pair is allowed where the largest last >= the first real key, and the smallest first <= the last real
     key; no other where the smallest last >= the last key, and the largest first <= the first key.
@@ -288,7 +287,7 @@ def _list_tiles(
     tiles = compare[0](rows[0], columns[0].mT).view(torch.int8)
     if len(rows) > 1:
         tiles &= compare[1](rows[1], columns[1].mT)
-    if len(tiles) > 1:
+    if tiles.dim() == 5:
         tiles[0] ^= tiles[1]  # partial: some, and not all
     rank = tiles.cumsum(-1, dtype=numbers.dtype)
     del tiles
@@ -525,8 +524,12 @@ def _kernel_options(
             options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
         else:
             # Small enough that two programs share a multiprocessor: one multiplies, one exponentiates. But
-            # where a window or documents cut tiles at both ends, larger ones are faster.
-            small: Any = {"fwd_num_stages": 2, "fwd_num_warps": 4}
+            # where a window or documents cut tiles at both ends, larger ones are faster. Torch compiles loads
+            # by descriptor also for rows that begin between multiples of 16 bytes, and then reads wrongly;
+            # while a caller's graph is traced, where they begin cannot be asked.
+            between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
+            tma = not (between or torch.compiler.is_compiling())
+            small: Any = {"fwd_num_stages": 2, "fwd_num_warps": 4, "fwd_USE_TMA": tma}
             tiles = {"up_to_last": small, "from_first_to_last": {"fwd_BLOCK_N": 128}}
             mask_mod = getattr(block_mask, "mask_mod", None)
             options |= tiles.get(getattr(mask_mod, "__name__", ""), {})
@@ -783,7 +786,7 @@ def transformers_block_mask(
     if both_ways:  # queries may be other tokens than keys, and which of them are padding is not said
         query_pads = pads.new_zeros(batch_size, q_length)
         return create_causal_padding_block_mask(pads, causal=False, query_pads=query_pads)
-    offset = q_offset - kv_offset
+    offset = q_offset - kv_offset if kv_offset else q_offset
     offset = offset.reshape(()) if isinstance(offset, Tensor) else offset  # (1,) in some versions
     return create_causal_padding_block_mask(pads, q_length, q_offset=offset, causal=is_causal, window=window)
 

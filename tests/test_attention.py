@@ -559,7 +559,8 @@ def test_tiles_of_heads_of_128_follow_the_mask(monkeypatch: pytest.MonkeyPatch) 
     pads = make_pads("right", 200, "cpu")
     documents = torch.zeros(3, 200, dtype=torch.int32)
     textbook = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 200, 200, "cpu")
-    small, large = {"fwd_num_stages": 2, "fwd_num_warps": 4}, {"fwd_BLOCK_N": 128}
+    small: dict = {"fwd_num_stages": 2, "fwd_num_warps": 4, "fwd_USE_TMA": True}
+    large = {"fwd_BLOCK_N": 128}
     for block_mask, tiles in (
         (create_causal_padding_block_mask(pads), small),
         (create_causal_padding_block_mask(pads, causal=False), small),
@@ -570,6 +571,64 @@ def test_tiles_of_heads_of_128_follow_the_mask(monkeypatch: pytest.MonkeyPatch) 
     ):
         options = _kernel_options(*inputs, block_mask)
         assert {name: option for name, option in options.items() if name.startswith("fwd")} == tiles
+    apart = [x.new_zeros(*x.shape[:3], 130)[..., :128] for x in inputs]
+    options = _kernel_options(*apart, create_causal_padding_block_mask(pads))
+    assert options["fwd_USE_TMA"] is False
+
+
+@pytest.mark.cuda
+def test_heads_of_128_wherever_their_rows_begin() -> None:
+    """They are loaded by descriptors, which want multiples of 16 bytes, also where strides are dynamic."""
+    pads = make_pads("right", 300, "cuda")
+    for width, first in ((128, 0), (136, 0), (144, 8), (130, 0), (129, 1), (136, 1), (192, 64)):
+        inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300), sizes=(128, 128))
+        inputs = [F.pad(x, (first, width - 128 - first)).narrow(3, first, 128) for x in inputs]
+        assert {x.stride(2) for x in inputs} == {width} and inputs[0].storage_offset() == first
+        check(inputs, grad_output, pads, backend="triton", inference=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("first", [0, 1])
+def test_heads_of_128_in_a_compiled_model(first: int) -> None:
+    """They begin wherever the model's own products do, which no one copies to where descriptors may begin."""
+    pads = make_pads("right", 300, "cuda")
+    x = torch.randn(3, 3, 4, 300, 136, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(136, 136, device="cuda", dtype=torch.bfloat16) / 136**0.5
+
+    def model(x: Tensor) -> Tensor:
+        return causal_padded_attention(*(x @ weight).narrow(4, first, 128), pads, backend="triton")
+
+    for length in (300, 200, 260):
+        part, pads = x[..., :length, :].contiguous(), pads[:, :length]
+        outputs = [way(part) for way in (torch.compile(model, fullgraph=True), model)]
+        torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.sum(), x)[0] for y in outputs), rtol=2e-2, atol=5e-2
+        )
+
+
+@pytest.mark.cuda
+def test_training_in_a_cuda_graph() -> None:
+    """The mask, both passes, heads of 128: at each replay, what pads then holds."""
+    pads = make_pads("right", 300, "cuda")
+    inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300), sizes=(128, 128))
+
+    def step() -> list[Tensor]:
+        block_mask = create_causal_padding_block_mask(pads)
+        attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask, backend="triton")
+        return with_gradients(attend, inputs, grad_output)
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # compiles
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for padding in ("left", "holes", "empty"):
+        pads.copy_(make_pads(padding, 300, "cuda"))
+        graph.replay()
+        for result, expected in zip(results, step(), strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.cuda
