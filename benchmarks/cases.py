@@ -107,7 +107,7 @@ class Batch:
             return torch.randn(shape, device=device, dtype=self.dtype, generator=generator).transpose(1, 2)
 
         self.inputs = [tensor(case.heads), tensor(case.kv_heads), tensor(case.kv_heads)]
-        self.grad_output = tensor(case.heads).masked_fill(self.pads[:, None, :, None], 0.0)
+        self.grad_output = tensor(case.heads).masked_fill_(self.pads[:, None, :, None], 0.0)  # lies as they
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, H, S, D) to (T, H, D): the real tokens alone."""

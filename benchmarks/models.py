@@ -1,8 +1,8 @@
-"""Training steps of changing shapes, attention alone and models of transformers; decoding; first steps.
+"""Training steps of changing shapes, of attention alone and of models; decoding; first steps; small ones.
 
-python benchmarks/models.py stream | transformers | generate | first-step      on a CUDA card
+python benchmarks/models.py stream | transformers | generate | first-step | small      on a CUDA card
 
-Each way runs in a process of its own that starts with nothing compiled. Results go to
+Each way, but for small, runs in a process of its own that starts with nothing compiled. Results go to
 benchmarks/results/NAME.json; benchmarks/report.py shows them.
 """
 
@@ -12,11 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from cases import padded, right_padding
-from common import Row, parser_of, save, synchronize
+from common import Row, compile_afresh, parser_of, save, synchronize, wall_milliseconds
+from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
@@ -43,6 +47,11 @@ KEPT = {  # in turn: the folder of the caches, and the file of the artifacts
     "nothing kept": ("caches", "artifacts"),
     "cache folders kept": ("caches", "unused"),
     "artifacts loaded": ("empty", "artifacts"),
+}
+MODES = {
+    "eager": None,
+    "torch.compile": "default",
+    'torch.compile, mode="reduce-overhead"': "reduce-overhead",
 }
 SIZES_OF_MODEL = 5
 # The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
@@ -186,6 +195,55 @@ def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
             model.zero_grad()
 
 
+class Layers(torch.nn.Module):
+    """Four of attention alone, of a causal model over a padded batch; the mask is made with them."""
+
+    def __init__(self, ours: bool, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.ours, self.heads, width = ours, heads, heads * head_dim
+        sizes = (3 * width, width)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, n) for _ in range(4) for n in sizes)
+
+    def forward(self, x: Tensor, pads: Tensor) -> Tensor:  # x: (B, S, heads * head_dim)
+        attend: Any
+        if self.ours:
+            block_mask = create_causal_padding_block_mask(pads)
+            attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask)
+        else:
+            mask = ~pads[:, None, None] & torch.ones(x.shape[1], x.shape[1], device=x.device).bool().tril()
+            attend = partial(F.scaled_dot_product_attention, attn_mask=mask)
+        for qkv, out in zip(self.layers[::2], self.layers[1::2], strict=True):
+            heads = qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+            x = x + out(attend(*heads).transpose(1, 2).flatten(2))
+        return x
+
+
+def measure_small_steps(device: str) -> list[Row]:
+    """Wall time of forward and backward together, where launching takes longer than computing."""
+    scale, dtype = (1, torch.bfloat16) if device == "cuda" else (16, torch.float32)
+    rows: list[Row] = []
+    for way in ("ours", "SDPA, explicit mask"):
+        for name, mode in MODES.items():
+            compile_afresh()
+            torch.manual_seed(0)
+            model = Layers(way == "ours", 16, 64 // scale).to(device, dtype)
+            x = torch.randn(4, 512 // scale, 1024 // scale).to(device, dtype)
+            pads = right_padding(4, 512 // scale, torch.Generator().manual_seed(0), device)
+            run: Any = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
+
+            def step(model: Any = model, run: Any = run, x: Tensor = x, pads: Tensor = pads) -> Tensor:
+                model.zero_grad()  # else the next pass would add to what a graph overwrites
+                output = run(x, pads)
+                output.backward(torch.ones_like(output))
+                return output
+
+            for _ in range(4):  # compiles, and records the graphs
+                real = step()[~pads].float().norm().item()
+            rows.append({"way": way, "mode": name, "ms": wall_milliseconds(step, device, 100), "norm": real})
+            tqdm.write(str(rows[-1]))
+    return rows
+
+
 def measure(arguments: list[str], steps: int, limit: float, kept: str | None = None) -> Row:
     """A process that starts with nothing compiled, or with what a folder keeps: its steps, and their sum."""
     with tempfile.TemporaryDirectory() as cold:
@@ -205,7 +263,7 @@ def measure(arguments: list[str], steps: int, limit: float, kept: str | None = N
 def main() -> None:
     parser = parser_of(__doc__)
     choices = ["stream", "transformers", "generate", "first-step"]
-    parser.add_argument("what", choices=choices + [f"{choice}-of" for choice in choices])
+    parser.add_argument("what", choices=["small", *choices, *(f"{choice}-of" for choice in choices)])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream")
     parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers")
@@ -222,6 +280,8 @@ def main() -> None:
         return generate_of(args.of[0], args.models[0], args.caches[0], args.device, args.rounds)
     if args.what == "first-step-of":
         return first_step(args.artifacts, args.device)
+    if args.what == "small":
+        return save("small", measure_small_steps(args.device), args.results, args.device)
     if args.what == "first-step":
         return save("first_step", measure_first_steps(args.device, args.limit), args.results, args.device)
     is_stream = args.what == "stream"

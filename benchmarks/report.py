@@ -218,7 +218,16 @@ def first_step_table(folder: Path) -> str:
     return "\n".join([*table(["of another process", "first training step"], rows), "", made_with(result)])
 
 
-TABLES |= {"generate": generate_table, "first-step": first_step_table}
+def small_table(folder: Path) -> str:
+    result = load("small", folder)
+    modes = list(dict.fromkeys(row["mode"] for row in result["results"]))
+    cells: dict[str, list[str]] = {}
+    for row in result["results"]:
+        cells.setdefault(row["way"], [row["way"]]).append(f"{row['ms'][1]:.2f}")
+    return "\n".join([*table(["ms", *modes], list(cells.values())), "", made_with(result)])
+
+
+TABLES |= {"generate": generate_table, "first-step": first_step_table, "small": small_table}
 TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks}
 
 

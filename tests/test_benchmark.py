@@ -99,6 +99,7 @@ def test_what_the_ways_are_checked_against_is_exact(case: cases.Case) -> None:
     batch = cases.Batch(case, "cpu")
     mask = seen_by(batch)
     exact = with_gradients(lambda *inputs: exact_attention(*inputs, mask), batch.inputs, batch.grad_output)
+    assert batch.grad_output.stride() == batch.inputs[0].stride()  # as in a model: else flex copies it
     for ours, truth in zip(batch.reference(torch.float64), exact, strict=True):
         torch.testing.assert_close(ours, batch.pack(truth).double(), rtol=1e-5, atol=1e-6)
 
@@ -166,6 +167,17 @@ def test_the_table_of_generate(tmp_path: Path) -> None:
     stopped = {"model": "a", "way": "b", "cache": "dynamic", "stopped_after_s": 70.0}
     (tmp_path / "generate.json").write_text(json.dumps({**versions, "results": [stopped, row]}))
     assert "| a: b | stopped after 70 s | 50 (50 s) |" in report.generate_table(tmp_path)
+
+
+def test_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "MODES", {"eager": None, "torch.compile": "default"})
+    rows = models.measure_small_steps("cpu")
+    assert [row["norm"] for row in rows] == pytest.approx([rows[0]["norm"]] * 4, rel=1e-5)
+    common.save("small", rows, tmp_path, "cpu")
+    table = report.TABLES["small"](tmp_path)
+    medians = [f"{row['ms'][1]:.2f}" for row in rows]
+    assert f"| ours | {' | '.join(medians[:2])} |" in table
+    assert f"| SDPA, explicit mask | {' | '.join(medians[2:])} |" in table
 
 
 def test_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -63,16 +63,27 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
 
 def test_the_figures_are_those_of_a_run() -> None:
     card, *_ = run = (RESULTS / "report.txt").read_text().splitlines()
-    times = next(i for i, line in enumerate(run) if line.startswith("time"))
-    assert "\n".join(run[times : times + 3]) in README
-    assert f"On an {card.split(', ')[-1].split()[1]}, 8 x 4096 tokens, 40 % padding, 16 heads of 64" in README
     assert "batch       8 x 4096 tokens, 40% of it padding" in run[1] and "16 key heads of 64" in run[1]
+    times = next(i for i, line in enumerate(run) if line.startswith("time"))
+    forward, both = ([float(x) for x in re.findall(r"\d+\.\d+", line)] for line in run[times + 1 : times + 3])
+    text = " ".join(README.split())
+    assert f"on an {card.split(', ')[-1].split()[1]}, it is {forward[2]} x as fast" in text
+    assert f"({forward[0]:.2f} ms, {forward[1]:.2f}), with the backward pass {both[2]} x" in text
+    assert f"({both[0]:.2f} ms, {both[1]:.2f}), masks made before" in text
     for name in ("readme-speed", "readme-masks"):
         assert report.TABLES[name](RESULTS) in README
-    steps = report.load("first_step", RESULTS)
-    for row in steps["results"]:
-        assert f"{row['total_s']:.1f} with {row['way']}" in README
-    assert report.made_with(steps) in README
+
+
+@pytest.mark.cuda
+def test_the_recipe_of_cudnn() -> None:
+    pytest.importorskip("cudnn.flex_attention")
+    torch.manual_seed(0)
+    pads = torch.arange(300, device="cuda") >= torch.tensor([[300], [120]], device="cuda")
+    inputs = torch.randn(3, 2, 4, 300, 64, device="cuda", dtype=torch.bfloat16)
+    names = dict(zip(("query", "key", "value"), inputs, strict=True), pads=pads, torch=torch)
+    exec(compile(re.search(r"^```py\n(.*?)^```", README, re.M | re.S).group(1), "README.md", "exec"), names)
+    expected = causal_padded_flexattn.sdpa_reference(*inputs, pads)
+    torch.testing.assert_close(names["output"], expected, rtol=2e-2, atol=2e-2)
 
 
 def test_the_link_to_what_to_paste() -> None:
@@ -83,7 +94,7 @@ def test_the_link_to_what_to_paste() -> None:
 
 def test_the_tables_are_those_of_a_run() -> None:
     both = ["block-mask", "stream", "attention", "transformers", "window", "documents", "decode"]
-    for name in [*both, "scaling", "generate", "first-step"]:
+    for name in [*both, "scaling", "generate", "first-step", "small"]:
         assert report.TABLES[name](RESULTS) in TABLES
     assert report.TABLES["generate"](RESULTS / "static") in TABLES
     for name in both:
