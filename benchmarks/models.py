@@ -210,7 +210,8 @@ class Layers(torch.nn.Module):
             block_mask = create_causal_padding_block_mask(pads)
             attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask)
         else:
-            mask = ~pads[:, None, None] & torch.ones(x.shape[1], x.shape[1], device=x.device).bool().tril()
+            square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+            mask = ~pads[:, None, None] & square.tril()
             attend = partial(F.scaled_dot_product_attention, attn_mask=mask)
         for qkv, out in zip(self.layers[::2], self.layers[1::2], strict=True):
             heads = qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
@@ -238,8 +239,9 @@ def measure_small_steps(device: str) -> list[Row]:
                 return output
 
             for _ in range(4):  # compiles, and records the graphs
-                real = step()[~pads].float().norm().item()
-            rows.append({"way": way, "mode": name, "ms": wall_milliseconds(step, device, 100), "norm": real})
+                output = step()
+            norm = output[~pads].float().norm().item()
+            rows.append({"way": way, "mode": name, "ms": wall_milliseconds(step, device, 100), "norm": norm})
             tqdm.write(str(rows[-1]))
     return rows
 

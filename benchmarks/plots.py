@@ -74,8 +74,6 @@ def scaling(folder: Path) -> Figure:
     axes, ends = figure.subplots(), {}
     for (way, name), marker in zip(WAYS.items(), "osv^Dx", strict=True):
         rows = [row for row in result["results"] if row["way"] == way and "forward_ms" in row]
-        if not rows:
-            continue
         times = [row["forward_ms"][1] + row["backward_ms"][1] for row in rows]
         ours = way.startswith("ours")
         style = {"linewidth": 3.5 if ours else 1.3, "color": OURS if ours else OTHERS, "marker": marker}

@@ -591,20 +591,33 @@ def test_heads_of_128_wherever_their_rows_begin() -> None:
 @pytest.mark.parametrize("first", [0, 1])
 def test_heads_of_128_in_a_compiled_model(first: int) -> None:
     """They begin wherever the model's own products do, which no one copies to where descriptors may begin."""
-    pads = make_pads("right", 300, "cuda")
-    x = torch.randn(3, 3, 4, 300, 136, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(136, 136, device="cuda", dtype=torch.bfloat16) / 136**0.5
 
-    def model(x: Tensor) -> Tensor:
-        return causal_padded_attention(*(x @ weight).narrow(4, first, 128), pads, backend="triton")
+    def model(x: Tensor, weight: Tensor, pads: Tensor, attend=causal_padded_attention) -> Tensor:
+        return attend(*(x @ weight).narrow(4, first, 128), pads)
 
+    compiled = torch.compile(model, fullgraph=True)
     for length in (300, 200, 260):
-        part, pads = x[..., :length, :].contiguous(), pads[:, :length]
-        outputs = [way(part) for way in (torch.compile(model, fullgraph=True), model)]
-        torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(y.sum(), x)[0] for y in outputs), rtol=2e-2, atol=5e-2
+        pads = make_pads("right", length, "cuda")
+        x = torch.randn(3, 3, 4, length, 136, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(136, 136, device="cuda", dtype=torch.bfloat16) / 136**0.5
+        grad_output = torch.randn(3, 4, length, 128, device="cuda", dtype=torch.bfloat16)
+        plain = partial(model, pads=pads, attend=sdpa_reference)
+        assert_as_exact(
+            with_gradients(partial(compiled, pads=pads), [x, weight], grad_output),
+            with_gradients(plain, [x, weight], grad_output),
+            with_gradients(plain, [x.double(), weight.double()], grad_output.double()),
         )
+
+
+def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of a step, and what its replays fill."""
+    with torch.cuda.stream(torch.cuda.Stream()):  # compiles
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
 
 
 @pytest.mark.cuda
@@ -618,12 +631,7 @@ def test_training_in_a_cuda_graph() -> None:
         attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask, backend="triton")
         return with_gradients(attend, inputs, grad_output)
 
-    with torch.cuda.stream(torch.cuda.Stream()):  # compiles
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = capture(step)
     for padding in ("left", "holes", "empty"):
         pads.copy_(make_pads(padding, 300, "cuda"))
         graph.replay()
@@ -918,12 +926,7 @@ def test_a_decoding_step_in_a_cuda_graph() -> None:
             causal_padded_attention(query * n, key, value, pads, block_mask=block_mask) for n in range(1, 3)
         ]
 
-    with torch.cuda.stream(torch.cuda.Stream()):  # compiles
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    graph, outputs = capture(step)
     for place in (300, 301, 599, 10):
         offset.fill_(place)
         query.normal_()
