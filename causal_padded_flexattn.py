@@ -454,11 +454,14 @@ def _compiled_flex_attention() -> Any:
     # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
     # torch breaks where two import what it compiles with.
     with _LOCK:
+        # Torch would time ways to add up what decoding splits, and at times take one that is thrice as slow.
+        options = {"deterministic": True, "max_autotune": False}
+        how: Any = {"fullgraph": True, "options": options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            return torch.compile(_flex_attention, fullgraph=True, recompile_limit=_KINDS)  # type: ignore
-        compiled = torch.compile(_flex_attention, fullgraph=True)
-        torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)  # 2.11
-        return compiled
+            how["recompile_limit"] = _KINDS
+        else:  # torch 2.11
+            torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)
+        return torch.compile(_flex_attention, **how)
 
 
 _KINDS = 64

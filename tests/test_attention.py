@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import DEVICES, assert_as_exact, exact_attention, explicit_mask, with_gradients, written_out
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -682,6 +683,16 @@ def test_decoding_compiles_for_batch_sizes_and_not_for_lengths(compilations: Cal
     # Whole batches of 8, 9, 13, 16 and 32; parts of 16, 15, 13 and 9; each once more for the first change of
     # length, or where two sizes were equal by chance, which torch takes for one.
     assert made[-1] == made[3 * len(sizes) - 1] <= 20
+
+
+@pytest.mark.cuda
+def test_no_timing_decides_how_decoding_adds_up_its_splits(compilations: Callable[[], int]) -> None:
+    """It decided for what took three times as long, in one process of two."""
+    with fresh_cache(), torch.no_grad():
+        inputs, _ = make_inputs("cuda", torch.bfloat16, lengths=(1, 600))
+        causal_padded_attention(*inputs, make_pads("left", 600, "cuda"))
+    assert compilations() == 1
+    assert not [name for name in counters["inductor"] if name.startswith("benchmarking")]
 
 
 @pytest.mark.parametrize("device", DEVICES)
