@@ -4,25 +4,38 @@
 # ///
 """Causal attention over a padded batch with PyTorch's FlexAttention, https://arxiv.org/abs/2412.05496.
 
-A `BlockMask` lets the kernel skip every 128 x 128 tile of scores in which padding or causality allow nothing.
-Import this file, or paste its parts 1 to 3, which need torch alone. As a script it checks itself against
-`scaled_dot_product_attention`, times both, and draws the mask.
+    block_mask = create_causal_padding_block_mask(pads)  # once for a batch: which tiles of scores to compute
+    output = causal_padded_attention(query, key, value, pads, block_mask=block_mask)  # in every layer
 
-Shapes, as in torch.nn.functional.scaled_dot_product_attention: B batch, Hq query heads, Hkv key/value heads,
-L query length, S key length (max_seq_len), E head size of query and key, Ev head size of value.
+Import this file, or paste what you need of it: parts 1 and 2 make the mask, part 3 adds the attention, and
+none of the three needs more than torch. Run as a script, it checks itself against
+`scaled_dot_product_attention`, times both on a GPU, and draws the mask.
+
+Shapes are written as in torch.nn.functional.scaled_dot_product_attention: B batch size, Hq query heads, Hkv
+key and value heads, L number of queries, S number of keys (max_seq_len), E head size of query and key, Ev
+head size of value.
 """
 
 import importlib.metadata
 import inspect
 import threading
 from collections.abc import Callable
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial, reduce
+from operator import and_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask, flex_attention
+
+_END = 2**29  # a place behind the end of every sequence
+_BEYOND = 2**30  # a place that not even _END reaches; int32 holds twice as much
+_DECODES = 16  # at most so many queries are computed by the kernel for decoding
+_FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
+_HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
+_KINDS = 64  # compiled kernels; torch's own limit is 8
 
 # ---- 1. What may attend to what ---------------------------------------------------------------------------
 
@@ -31,7 +44,8 @@ def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     """mask_mod: a query sees the keys up to its own position.
 
     Args:
-        b, h, q_idx, kv_idx: integer tensors: batch element, head, position of the query, position of the key.
+        b, h, q_idx, kv_idx: integer tensors: the batch element, the head, the position of the query and the
+            position of the key.
 
     Returns:
         A boolean tensor, True where the score is computed.
@@ -42,17 +56,18 @@ def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
     """Make the mask_mod that computes a score only where neither the query nor the key is padding.
 
-    After the padding question of attention-gym, https://github.com/meta-pytorch/attention-gym/issues/38.
+    It answers the question about padding in attention-gym's issue 38,
+    https://github.com/meta-pytorch/attention-gym/issues/38.
 
     Args:
         pads: (B, max_seq_len), torch.bool, True where the token is padding. The mask_mod reads it when
             attention runs, so leave it unchanged until then.
 
     Returns:
-        The mask_mod.
+        The mask_mod. Combine it with `causal` by `torch.nn.attention.flex_attention.and_masks`.
 
     Raises:
-        TypeError, ValueError: `pads` is not torch.bool, not two-dimensional, or empty.
+        TypeError, ValueError: `pads` is not a torch.bool tensor of two dimensions, or it is empty.
     """
     _check_tensors(pads=pads)
 
@@ -62,239 +77,416 @@ def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
     return padding
 
 
-def _check_tensors(**tensors: Any) -> None:
-    """Against their shapes and each other. No check in this file waits for the device."""
-    sizes: dict[str, int] = {}
-    for name, x in tensors.items():
-        plain = isinstance(x, Tensor) and not hasattr(x, "to_local")
-        _require(plain, f"{name} must be a plain tensor (x.to_local() of a DTensor)", TypeError, type=type(x))
-        kind, right = "torch.bool, True where padding: attention_mask == 0", x.dtype == torch.bool
-        if name == "documents":
-            kind, right = "integers", not (x.is_floating_point() or x.dtype == torch.bool)
-        elif name in ("query", "key", "value"):
-            kind, right = "of one dtype with query: cast it", x.dtype == tensors["query"].dtype
-        _require(right, f"{name} must be {kind}", TypeError, **tensors)
-        letters, shape = _SHAPES.get(name, "B, S"), x.shape
-        fits = len(shape) == letters.count(",") + 1 and 0 not in shape
-        for letter, size in zip(letters.split(", "), shape, strict=False):
-            fits = fits and sizes.setdefault(letter, size) == size
-        _require(fits, f"{name} must be ({letters}), not 0, and agree with the others", **tensors)
-        here = x.device == tensors["pads"].device
-        _require(here, f"{name} must be on the device of pads: move it", **tensors)
-
-
-_SHAPES = {"query": "B, Hq, L, E", "key": "B, Hkv, S, E", "value": "B, Hkv, S, Ev", "query_pads": "B, L"}
-
-
-def _require(holds: bool, rule: str, error: Any = ValueError, /, **got: Any) -> None:
-    if not holds:  # only now are values formatted
-        show = [(name, x) for name, x in got.items() if x is not None]
-        show = [(n, (*x.shape, x.dtype, str(x.device)) if isinstance(x, Tensor) else x) for n, x in show]
-        raise error(f"{rule}; got {', '.join(f'{name} {x!r}' for name, x in show)}")
-
-
 # ---- 2. The block mask ------------------------------------------------------------------------------------
 
 
 def create_causal_padding_block_mask(
     pads: Tensor, q_len: int | None = None, *, q_offset: int | Tensor | None = None, causal: bool = True,
-    window: int | None = None, documents: Tensor | None = None, query_pads: Tensor | None = None,
+    window: int | None = None, documents: Tensor | None = None, spans: Tensor | None = None,
+    until: Tensor | None = None, query_pads: Tensor | None = None, padding_side: str | None = None,
     BLOCK_SIZE: int | tuple[int, int] = 128,
 ) -> BlockMask:  # fmt: skip
     """Build in closed form the BlockMask that `create_block_mask` finds by evaluating every score.
 
-    Every query sees one run of keys, from `first` to `last`, less the padding; neither falls from one query
-    to the next. So the ends of its two blocks say whether a tile has an allowed pair, and whether another.
-    Eight tokens, of which five are real (x where allowed), causal, in blocks of two:
+    Every query sees one run of keys, from `first` to `last`, except those that are padding. The options below
+    move these two ends. A tile is a block of queries against a block of keys. The smallest and the largest
+    numbers in its two blocks tell what it is:
 
-        key    0 1   2 3   4 -   - -      last real key of each block: 1, 3, 4, none; first: 0, 2, 4, none
-      query 0  x
-            1  x x                        last: 0 to 1     partial   skipped   skipped   skipped
-            2  x x   x
-            3  x x   x x                  last: 2 to 3     full      partial   skipped   skipped
-            4  x x   x x   x
-            -                             last: none to 4  partial   partial   partial   skipped
+        some pair is allowed:   max(last) >= min(key)  and  max(key) >= min(first)
+        every pair is allowed:  min(last) >= max(key)  and  min(key) >= max(first)
 
-    The third row: 4, its largest last, reaches the first key of three blocks, so each has an allowed pair;
-    its smallest, none, reaches the last key of no block, so none is full. The fourth row has no real query.
+    A tile in which no pair is allowed is skipped. A tile in which every pair is allowed is full: the kernel
+    computes it without asking the mask_mod. The rest are partial. Padding needs no rule of its own: a padded
+    query has an empty run, and a padded key counts as out of reach.
 
-    Build it once for a batch, or for each kind of layer, and hand it to all layers. Nothing here waits for
-    the device or compiles, and it takes memory for the tokens and the tiles, not for the scores.
+    For example, five tokens padded to eight, causal, in blocks of two (`first` is 0 throughout):
+
+                     keys  0 1      2 3      4 -      - -
+        queries 0 1        partial  skipped  skipped  skipped    last: 0, 1
+                2 3        full     partial  skipped  skipped    last: 2, 3
+                4 -        partial  partial  partial  skipped    last: 4, none
+                - -        skipped  skipped  skipped  skipped    last: none, none
+
+    Build the mask once for a batch, or once for each kind of layer, and share it between layers. Building it
+    compiles nothing, does not wait for the device, and needs memory for the tokens and the tiles only.
 
     Args:
-        pads: (B, S), torch.bool, True where the key is padding, as a cache is where it is not written yet.
-            Attention reads it again: leave it unchanged until the backward pass is done.
-        q_len: L, the number of queries; all that fit when None.
-        q_offset: place of the first query among the keys; S - L when None: the queries are the last tokens.
-            A 0-d integer tensor needs q_len, and is not checked: that would wait for the device.
-        causal: whether a query sees only the keys up to its own position.
-        window: how many keys back a query sees, itself included; without causality, as many ahead too.
-        documents: (B, S), integers that never fall along the real tokens: a token sees its own document.
-        query_pads: (B, L), torch.bool, True where padding: queries that are other tokens than the keys
-            (cross-attention). Only with causal=False, and no q_offset, window or documents.
-        BLOCK_SIZE: tokens in a block, or (in a query block, in a key block).
+        pads: (B, S), torch.bool, True where the key is padding. In a preallocated cache, what is not written
+            yet is padding too. Attention reads `pads` again, so leave it unchanged until the backward pass is
+            done.
+        q_len: L, the number of queries. None means as many as fit behind q_offset.
+        q_offset: the place of the first query on the axis of the keys. None means S - L: the queries are the
+            last tokens. A 0-d integer tensor is accepted beside q_len; its value is not checked, because that
+            would wait for the device.
+        causal: whether a query sees only the keys up to its own place.
+        window: how many keys back a query sees, its own included, and without causality as many ahead.
+        documents: (B, S), integers that never fall along the real tokens. A token sees only tokens of its own
+            document. From position_ids that restart, `(position_ids == 0).cumsum(1)` makes them.
+        spans: (B, S), integers that never fall along the real tokens. Tokens with the same number also see
+            each other in both directions: a prefix, an image, a chunk. Every other token needs a number of
+            its own. Requires causality.
+        until: (B, S), integers: the place of the last query that sees the key, at least the key's own. Any
+            number from S - 1 on means that all later queries see it. This describes trees, for example
+            several answers behind one prompt, stored depth first. Requires causality.
+        query_pads: (B, L), torch.bool, True where the query is padding. It says that the queries are other
+            tokens than the keys, as in cross-attention. Requires `causal=False` and no other option.
+        padding_side: "right" or "left" promises that all padding stands there. Kernels then compare places
+            with the length of the sequence instead of looking `pads` up. On the CPU a broken promise is a
+            ValueError. On other devices it is not noticed, and tokens are masked that should not be, or not
+            masked that should be.
+        BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block).
 
     Returns:
-        A BlockMask of shape (B, 1, L, S), for any number of heads. Under torch.no_grad, for up to 16
-        queries, it has one list of tiles, which decoding is faster with, and serves no backward pass.
+        A BlockMask of shape (B, 1, L, S), which serves any number of heads. For up to 16 queries under
+        `torch.no_grad` it holds one list of tiles, with which decoding is faster, and has no backward pass.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, with what would.
+        TypeError, ValueError: an argument does not fit. The message says what was expected.
     """
-    q_block, kv_block = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
-    _require(min(q_block, kv_block) >= 1, "BLOCK_SIZE must be at least 1", BLOCK_SIZE=BLOCK_SIZE)
-    q_len, q_offset = _find_queries(pads, q_len, q_offset, causal, window, documents, query_pads)
-    kv_len, device = pads.shape[1], pads.device
-    numbers = torch.arange(max(q_len, kv_len) + 1, dtype=torch.int32, device=device)
-    places = numbers[:kv_len]
-    rows: Any
+    blocks = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    options: Any = (causal, window, documents, spans, until, query_pads, padding_side)
+    q_len, q_offset = _check_mask_options(pads, q_len, q_offset, options, blocks)
+    kv_len, count = pads.shape[1], partial(torch.arange, dtype=torch.int32, device=pads.device)
+    # Where the queries stand on the axis of the keys, (L,), and which of them are padding, (B, L).
     if isinstance(q_offset, Tensor):
-        rows = positions = q_offset.reshape(1) if q_len == 1 else places[:q_len] + q_offset
-        q_pads = pads.index_select(1, rows)
+        queries = q_offset.reshape(1) if q_len == 1 else count(q_len) + q_offset
+        own_pads = pads.index_select(1, queries)
     else:
-        rows = slice(q_offset, q_offset + q_len)
-        positions, q_pads = places[rows], pads[:, rows] if query_pads is None else query_pads
+        queries = count(q_offset, q_offset + q_len)
+        own_pads = pads if q_len == kv_len else pads[:, q_offset : q_offset + q_len]
+    query_pads = own_pads if query_pads is None else query_pads
 
-    # The run of keys that each query sees: (L,) or (B, L).
-    first, last = None, positions if causal else places[-1]
+    first, last = _find_runs(queries, pads, causal, window, documents, spans)
+    rules = None
+    if padding_side is not None and q_len == kv_len and documents is None and spans is None:
+        rules = _compute_runs(pads, causal, window, padding_side)
+    elif padding_side is not None:
+        first, last = _leave_out_padding(first, last, pads, padding_side)
+    return _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padding_side, rules)
+
+
+def _find_runs(queries, pads, causal, window, documents, spans):
+    """The first and the last key that each query sees, (L,) or (B, L). A first of None stands for 0."""
+    first, last = None, queries if causal else torch.full_like(queries, _END)
     if window is not None:
-        reach = min(window, kv_len) - 1
-        first, last = positions - reach, positions if causal else positions + reach
-    if documents is not None:
-        # A padded token belongs to the document before it: then none falls.
-        names = documents.masked_fill(pads, torch.iinfo(documents.dtype).min).cummax(1).values
-        wanted = names[:, rows].contiguous()
-        start = torch.searchsorted(names, wanted, out_int32=True)
-        first = start if first is None else torch.maximum(start, first)
-        if not causal:
-            end = torch.searchsorted(names, wanted, right=True, out_int32=True) - 1
-            last = end if window is None else torch.minimum(end, last)
+        reach = min(window, _END) - 1
+        first, last = queries - reach, queries if causal else queries + reach
+    if spans is not None:  # a span adds to what a query sees
+        numbers, own = _number_groups(spans, queries, pads)
+        if first is not None:
+            first = torch.minimum(first, torch.searchsorted(numbers, own, out_int32=True))
+        last = torch.maximum(last, torch.searchsorted(numbers, own, out_int32=True, right=True) - 1)
+    if documents is not None:  # a document takes away from it
+        numbers, own = _number_groups(documents, queries, pads)
+        begin = torch.searchsorted(numbers, own, out_int32=True)
+        first = begin if first is None else torch.maximum(first, begin)
+        if not causal or spans is not None:
+            last = torch.minimum(last, torch.searchsorted(numbers, own, out_int32=True, right=True) - 1)
+    return first, last
 
-    # Padding is moved out of reach: a padded query's run begins behind all keys and ends before them.
-    far = 2 * kv_len
-    few = q_len <= min(_FEW, q_block) and not torch.is_grad_enabled()
-    # One block, however short; but flex on the CPU, and kernels for whole sequences, ask for all its rows.
-    of_queries = q_len if few and pads.is_cuda and q_len < kv_len else q_block
-    last, lasts = _blocks(torch.add(last, q_pads, alpha=-far), of_queries, -1, few)  # largest, smallest
-    # The first real key of each block, and the last key, far off if any of the block is padding.
-    _, keys = _blocks(torch.add(places, pads, alpha=far), kv_block, far, few)
-    q_ends, kv_ends = [lasts], [keys]
+
+def _number_groups(numbers, queries, pads):
+    """The numbers of all tokens, made to be searched, and those of the queries: (B, S) and (B, L)."""
+    # A padded token gets the number of the token before it, so that the numbers never fall.
+    numbers = numbers.masked_fill(pads, torch.iinfo(numbers.dtype).min).cummax(1).values
+    return numbers, numbers if queries.shape[0] == pads.shape[1] else numbers.index_select(1, queries)
+
+
+def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padding_side=None, rules=None):
+    """The block mask of queries that see the real keys from first to last.
+
+    The mask_mod looks first and last up, unless rules are given that say the same.
+    """
+    q_len, kv_len = query_pads.shape[1], pads.shape[1]
+    decodes = not torch.is_grad_enabled() and q_len <= min(_DECODES, blocks[0])
+    find_tiles = _opaque_find_tiles if torch.compiler.is_compiling() else _find_tiles
+    tables, lists = find_tiles(first, last, until, queries, pads, query_pads, *blocks, decodes)
+
+    # Rules capture tensors. A number would be compiled in: another kernel for every step of decoding.
+    if rules is None:
+        last = tables[0]
+        rules = [lambda b, h, q_idx, kv_idx: kv_idx <= last[b, q_idx]]
+        if first is not None:
+            begin = tables[1]
+            rules.append(lambda b, h, q_idx, kv_idx: kv_idx >= begin[b, q_idx])
+        if until is None and padding_side is None:  # else the tables know which keys are padding
+            rules.append(lambda b, h, q_idx, kv_idx: ~pads[b, kv_idx])
+    if until is not None:
+        last_query = tables[-1]
+        rules.append(lambda b, h, q_idx, kv_idx: q_idx <= last_query[b, kv_idx])
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        allowed = rules[0](b, h, q_idx, kv_idx)
+        for rule in rules[1:]:
+            allowed = allowed & rule(b, h, q_idx, kv_idx)
+        return allowed
+
+    mask_mod.query_pads, mask_mod.has_first = query_pads, first is not None
+    counts, indices, q_counts, q_indices = lists if not decodes else (*lists, [None] * 2, [None] * 2)
+    return BlockMask(
+        seq_lengths=(q_len, kv_len),
+        kv_num_blocks=counts[0],
+        kv_indices=indices[0],
+        full_kv_num_blocks=None if decodes else counts[1],
+        full_kv_indices=None if decodes else indices[1],
+        q_num_blocks=q_counts[0],
+        q_indices=q_indices[0],
+        full_q_num_blocks=q_counts[1],
+        full_q_indices=q_indices[1],
+        BLOCK_SIZE=blocks,
+        mask_mod=mask_mod,
+    )
+
+
+def _compute_runs(pads, is_causal, window, padding_side):
+    """Rules that compute the runs, where query i is token i and all padding stands on one side.
+
+    They say `kv_idx <= f(b, q_idx)` rather than the like of `q_idx < end[b]`, since FlashAttention-4 computes
+    f once for a row of scores.
+    """
+    if padding_side == "right":
+        end = (~pads).sum(1, dtype=torch.int32)  # (B,)
+        if is_causal:
+            rules = [lambda b, h, q_idx, kv_idx: kv_idx <= torch.where(q_idx < end[b], q_idx, -1)]
+        else:
+            rules = [lambda b, h, q_idx, kv_idx: kv_idx < torch.where(q_idx < end[b], end[b], 0)]
+    else:
+        begin = pads.sum(1, dtype=torch.int32)  # (B,)
+        if is_causal:
+            rules = [causal, lambda b, h, q_idx, kv_idx: kv_idx >= begin[b]]
+        else:
+            rules = [lambda b, h, q_idx, kv_idx: kv_idx >= torch.where(q_idx >= begin[b], begin[b], _END)]
+    if window is not None:
+        reach = torch.full_like(pads[:, 0], min(window, _END) - 1, dtype=torch.int32)  # (B,)
+        rules.append(lambda b, h, q_idx, kv_idx: kv_idx >= q_idx - reach[b])
+        if not is_causal:
+            rules.append(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + reach[b])
+    return rules
+
+
+def _leave_out_padding(first, last, pads, padding_side):
+    """The runs, cut where the padding of that side is."""
+    if padding_side == "right":
+        return first, torch.minimum(last, (~pads).sum(1, keepdim=True, dtype=torch.int32) - 1)
+    begin = pads.sum(1, keepdim=True, dtype=torch.int32)  # (B, 1)
+    return begin.expand(-1, last.shape[-1]) if first is None else torch.maximum(first, begin), last
+
+
+def _find_tiles(
+    first: Tensor | None, last: Tensor, until: Tensor | None, queries: Tensor, pads: Tensor,
+    query_pads: Tensor, q_block: int, kv_block: int, decodes: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """What the mask_mod looks up, and the lists of tiles.
+
+    Returns:
+        [last, first and until, if given], (B, L) or (B, S) up to whole blocks, with padding out of reach; and
+        [how many tiles of each row are partial and full, which ones], (2, B, 1, rows) and (2, B, 1, rows,
+        columns), then the same of each column for the backward pass. If it decodes, there is no backward pass
+        and all tiles count as partial: (1, B, 1, rows) and (1, B, 1, rows, columns).
+    """
+    # What reaches past the end is padding. But kernels that decode read no further than the last query.
+    if decodes and pads.is_cuda and query_pads.shape[1] < pads.shape[1]:
+        q_block = query_pads.shape[1]
+    q_pads, kv_pads = _fill(query_pads, q_block, True), _fill(pads, kv_block, True)
+    keys = torch.arange(kv_pads.shape[1], dtype=torch.int32, device=pads.device)
+    # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
+    of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
+    of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
+
+    # A pair is allowed where high >= low in every comparison of a number of the query and one of the key.
+    # Padding is moved away, so far that no comparison holds for it.
+    last = torch.add(_fill(last, q_block), q_pads, alpha=-_BEYOND)
+    tables, comparisons = [last], [(of_rows(last), of_columns(torch.add(keys, kv_pads, alpha=_BEYOND)))]
     if first is not None:
-        first, firsts = _blocks(torch.add(first, q_pads, alpha=far), of_queries, far, few)
-        _, real = _blocks(torch.add(places, pads, alpha=-far), kv_block, -1, few)
-        real = real if few else torch.stack((real[0], keys[0]))  # the last real key, and the first key
-        q_ends, kv_ends = [lasts, firsts], [keys, real]
+        first = torch.add(_fill(first, q_block), q_pads, alpha=_BEYOND)
+        tables.append(first)
+        comparisons.append((of_columns(torch.add(keys, kv_pads, alpha=-_BEYOND)), of_rows(first)))
+    if until is not None:  # as a number of the queries given, which are counted from 0
+        until = _fill(until.clamp(max=pads.shape[1] - 1).int() - queries[:1], kv_block)
+        unseen = kv_pads | (keys > last.amax(1, keepdim=True))  # also of keys behind all runs
+        until = torch.add(until, unseen, alpha=-_BEYOND)
+        query = torch.add(_fill(queries - queries[:1], q_block), q_pads, alpha=_BEYOND)
+        tables.append(until)
+        comparisons.append((of_columns(until), of_rows(query)))
 
-    most = max(lasts.shape[-2], keys.shape[-2])  # tiles in a row or a column, numbered no wider than need be
-    dtype = torch.int32 if few or most >= 2**15 else torch.int16 if most >= 2**7 else torch.int8
-    numbers = numbers[1 : most + 1].to(dtype)
-    # The backward pass goes through the queries of each key. Its kernels read a list that is not contiguous
-    # wrongly, so these come from the comparison turned round, not from transposed tiles.
-    if few:  # the decoding kernel shares out the tiles of one list evenly, and has no backward pass
-        lists: Any = [*_list_tiles(q_ends, kv_ends, numbers, False), *[None] * 6]
-    else:
-        both = _list_tiles(q_ends, kv_ends, numbers, False), _list_tiles(kv_ends, q_ends, numbers, True)
-        lists = [x for counts, indices in both for i in range(2) for x in (counts[i], indices[i])]
-
-    # These capture tensors: an int would be compiled in, a kernel for every decoding step.
-    def up_to_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx <= last[b, q_idx]) & ~pads[b, kv_idx]
-
-    def from_first_to_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx >= first[b, q_idx]) & (kv_idx <= last[b, q_idx]) & ~pads[b, kv_idx]  # type: ignore
-
-    mask_mod = up_to_last if first is None else from_first_to_last
-    tiles: Any = (*lists, (q_block, kv_block), mask_mod)
-    return BlockMask((q_len, kv_len), *tiles)
+    if decodes:
+        some = reduce(and_, [high_max >= low_min for (_, high_max), (low_min, _) in comparisons])
+        return tables, [*_list_tiles(some[None])]
+    # Whether some pair is allowed, and whether every pair, share a dimension, (2, B, 1, rows, columns).
+    tiles = reduce(and_, [torch.stack(high[::-1]) >= torch.stack(low) for high, low in comparisons])
+    tiles[0] ^= tiles[1]  # partial: some, but not every
+    return tables, [*_list_tiles(tiles), *_list_tiles(tiles.mT)]
 
 
-def _find_queries(
-    pads: Tensor, q_len: Any, q_offset: Any, causal: bool, window: Any, documents: Any, query_pads: Any
-) -> tuple[int, Any]:
-    """How many queries there are, and from which place on; or what does not fit."""
-    more = {"documents": documents, "query_pads": query_pads}
-    _check_tensors(pads=pads, **{name: x for name, x in more.items() if x is not None})
-    kv_len, got = pads.shape[1], {"q_len": q_len, "q_offset": q_offset, "pads": pads}
+def _fill(x, block, value=None):
+    missing = -x.shape[-1] % block  # up to whole blocks
+    return F.pad(x, (0, missing), value=value) if missing else x
+
+
+def _find_ends(x):
+    """The smallest and the largest along the last dimension."""
+    return (x[..., 0], x[..., 0]) if x.shape[-1] == 1 else x.aminmax(dim=-1)
+
+
+def _list_tiles(tiles):
+    """How many tiles of each row are True, (..., rows), and which, (..., rows, columns), then any."""
+    columns = tiles.shape[-1]
+    dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
+    rank = tiles.cumsum(-1, dtype=dtype).contiguous()
+    count = rank[..., -1:]
+    # The k-th tile of a row is where its rank first reaches k.
+    wanted = torch.arange(1, columns + 1, dtype=dtype, device=tiles.device).minimum(count)
+    return count.squeeze(-1).int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
+
+
+# In a caller's graph this is one operator that the compiler does not see into. It would lay the lists out as
+# it likes, where the kernels read them as contiguous, and compile anew for each number of blocks.
+_opaque_find_tiles = torch.library.custom_op("causal_padded::find_tiles", _find_tiles, mutates_args=())
+
+
+@_opaque_find_tiles.register_fake
+def _(first, last, until, queries, pads, query_pads, q_block, kv_block, decodes):
+    """The shapes of the results, in terms that hold for all lengths."""
+    (batch_size, kv_len), q_len = pads.shape, query_pads.shape[1]
+    rows, columns = (q_len + q_block - 1) // q_block, (kv_len + kv_block - 1) // kv_block
+    q_filled = q_len if decodes and pads.is_cuda and q_len < kv_len else rows * q_block
+    tables = [x.new_empty(batch_size, q_filled) for x in (last, first) if x is not None]
+    tables += [] if until is None else [queries.new_empty(batch_size, columns * kv_block)]
+    lists, int32 = [], {"dtype": torch.int32}
+    for n, m in ((rows, columns), (columns, rows)):
+        lists += [
+            pads.new_empty(2, batch_size, 1, n, **int32),
+            pads.new_empty(2, batch_size, 1, n, m, **int32),
+        ]
+    return tables, [x[:1].clone() for x in lists[:2]] if decodes else lists
+
+
+# What does not fit. No check waits for the device: values are read only where they lie on the CPU.
+
+
+def _check_mask_options(pads, q_len, q_offset, options, blocks):
+    """The number of queries and the place of the first one, if the options fit."""
+    causal, window, documents, spans, until, query_pads, padding_side = options
+    tensors = {"documents": documents, "spans": spans, "until": until, "query_pads": query_pads}
+    _check_tensors(pads=pads, **{name: x for name, x in tensors.items() if x is not None})
+    q_block, kv_block = blocks if len(blocks) == 2 else (0, 0)
+    sizes = _is_int(q_block) and _is_int(kv_block) and min(q_block, kv_block) >= 1
+    _require(sizes, "BLOCK_SIZE must be an int of at least 1, or a tuple of two", BLOCK_SIZE=blocks)
+    _require(causal is True or causal is False, "causal must be True or False", TypeError, causal=causal)
     if window is not None:
-        _require(type(window) is int, "window must be an int, or None for all keys", TypeError, window=window)
-        _require(window >= 1, "window must be at least 1, a query's own key", window=window)
+        _require(_is_int(window), "window must be an int, or None for all keys", TypeError, window=window)
+        _require(window >= 1, "window must be at least 1, which is the query's own key", window=window)
+    if padding_side not in (None, "right", "left"):
+        _require(False, 'padding_side must be "right", "left" or None', padding_side=padding_side)
+    _require(causal or spans is until is None, "spans and until need causal=True", spans=spans, until=until)
+    kv_len, got = pads.shape[1], {"q_len": q_len, "q_offset": q_offset, "pads": pads}
+    _require(q_len is None or _is_int(q_len), "q_len must be an int", TypeError, **got)
     if query_pads is not None:
-        alone = not causal and window is documents is q_offset is None
-        alone = alone and q_len in (None, query_pads.shape[1])
-        rule = "query_pads is of other tokens than keys: only causal=False, no window, documents, q_offset"
-        _require(alone, rule, causal=causal, window=window, documents=documents, **got, query_pads=query_pads)
+        alone = not causal and window is documents is q_offset is padding_side is None
+        rule = "query_pads is for queries that are other tokens than the keys: it needs causal=False, and no "
+        rule += "window, documents, padding_side, q_offset or other q_len"
+        got |= {"causal": causal, "window": window, "documents": documents, "padding_side": padding_side}
+        _require(alone and q_len in (None, query_pads.shape[1]), rule, **got, query_pads=query_pads)
         return query_pads.shape[1], 0
     if isinstance(q_offset, Tensor):
-        scalar = q_offset.dim() == 0 and not q_offset.is_floating_point() and q_offset.device == pads.device
-        _require(scalar, "q_offset must be an int or a 0-d integer tensor beside pads", TypeError, **got)
+        fits = q_offset.shape == () and q_offset.dtype in (torch.int32, torch.int64)
+        rule = "q_offset must be an int, or a 0-d tensor of int32 or int64 on the device of pads"
+        _require(fits and q_offset.device == pads.device, rule, TypeError, **got)
         _require(q_len is not None, "q_len must be given beside a tensor q_offset, which is not read", **got)
         fits = 1 <= q_len <= kv_len
     else:
+        is_int = q_offset is None or _is_int(q_offset)
+        _require(is_int, "q_offset must be an int or a 0-d integer tensor", TypeError, **got)
         q_len = kv_len - (q_offset or 0) if q_len is None else q_len
-        known = causal or q_offset is not None or q_len == kv_len
-        _require(known, "without causality, q_offset or query_pads must say what the queries are", **got)
         q_offset = kv_len - q_len if q_offset is None else q_offset
         fits = 0 <= q_offset < q_offset + q_len <= kv_len
     _require(fits, "the queries must lie among the keys; pads covers a preallocated cache whole", **got)
+    if not (documents is spans is until is padding_side is None) and _can_read(pads):
+        _check_values(pads, documents, spans, until, padding_side)
     return q_len, q_offset
 
 
-def _blocks(places: Tensor, block: int, outside: int, few: bool) -> tuple[Tensor, Tensor]:
-    """The places, the last block filled up with `outside`; and the ends of each block: (2, B, 1, blocks, 1).
-
-    The end that `outside` is not comes first: the largest where it is -1, else the smallest. If few, that one
-    alone: (B, 1, blocks, 1).
-    """
-    if places.shape[1] % block:
-        places = _fill(places, -places.shape[1] % block, outside)
-    in_blocks = places.view(places.shape[0], 1, -1, block)
-    if block == 1:
-        return places, in_blocks if few else in_blocks.expand(2, -1, -1, -1, -1)
-    if few:
-        return places, (in_blocks.amax if outside < 0 else in_blocks.amin)(-1, keepdim=True)
-    ends = places.new_empty(2, *in_blocks.shape[:-1], 1)
-    torch.aminmax(in_blocks, dim=-1, keepdim=True, out=ends.unbind()[:: -1 if outside < 0 else 1])
-    return places, ends
-
-
-def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """In a graph of the caller's, an operator that the compiler does not see into.
-
-    It would lay the lists out as it likes, and flex read them as if contiguous: wrong results; and torch 2.11
-    compiles no mask_mod that looks up in what was filled up there.
-    """
-    operator = torch.library.custom_op(f"causal_padded::{function.__name__}", function, mutates_args=())
-    operator.register_fake(function)
-    return lambda *x: operator(*x) if torch.compiler.is_compiling() else function(*x)
+def _check_values(pads, documents, spans, until, padding_side):
+    for name, numbers in (("documents", documents), ("spans", spans)):
+        if numbers is not None:
+            rises = (_number_groups(numbers, pads[0], pads)[0] == numbers) | pads
+            rule = f"{name} must never fall along the real tokens. From position_ids that restart, "
+            _require(bool(rises.all()), rule + "write (position_ids == 0).cumsum(1)", **{name: numbers})
+    places = torch.arange(pads.shape[1], device="cpu")
+    if until is not None:
+        rule = "until must be at least the key's own place, since a token sees itself"
+        _require(bool(((until >= places) | pads).all()), rule, until=until)
+    if padding_side is not None:
+        count = (~pads if padding_side == "right" else pads).sum(
+            1, keepdim=True
+        )  # before the padding, or of it
+        stands = ((places >= count) == pads) if padding_side == "right" else ((places < count) == pads)
+        rule = f"padding_side promises that all padding stands on the {padding_side}, and some does not"
+        _require(bool(stands.all()), rule, padding_side=padding_side, pads=pads)
 
 
-@_opaque
-def _fill(places: Tensor, missing: int, value: int) -> Tensor:
-    return F.pad(places, (0, missing), value=value)
+def _can_read(x):
+    """Whether the values of x are at hand: not on a device, nor fake, nor those of a trace."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_of_torch_func(x)
+    return not is_traced and type(x) is Tensor and x.device.type == "cpu"
 
 
-@_opaque
-def _list_tiles(
-    rows: list[Tensor], columns: list[Tensor], numbers: Tensor, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """How many tiles of a row are partial, and full, (2, B, 1, rows), or if few either, (B, 1, rows); which.
+def _is_of_torch_func(x):
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # no public name tells
 
-    Some pair is allowed where the largest last >= the first real key, and the smallest first <= the last real
-    key; no other where the smallest last >= the last key, and the largest first <= the first key.
-    """
-    # It costs launches more than work: few operations, both lists in each. int8, as cumsum copies booleans.
-    compare = (torch.le, torch.ge) if transposed else (torch.ge, torch.le)
-    tiles = compare[0](rows[0], columns[0].mT).view(torch.int8)
-    if len(rows) > 1:
-        tiles &= compare[1](rows[1], columns[1].mT)
-    if tiles.dim() == 5:
-        tiles[0] ^= tiles[1]  # partial: some, and not all
-    rank = tiles.cumsum(-1, dtype=numbers.dtype)
-    del tiles
-    # The k-th tile of a row is where its rank first reaches k; what is left of the row repeats the last one.
-    count = rank.select(-1, -1)
-    wanted = torch.minimum(numbers[: rank.shape[-1]], count.unsqueeze(-1))
-    return count.int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
+
+def _is_int(x):
+    return type(x) is int or isinstance(x, torch.SymInt)
+
+
+_PADS = (
+    "a torch.bool tensor, True where the token is padding: attention_mask == 0 for a mask of ones and zeros, "
+    "additive_mask < 0 for one that is added to scores, torch.arange(S) >= lengths[:, None] for lengths"
+)
+_NUMBERS = "a tensor of integers, one for each token"
+_INPUT = "a floating point tensor of the same dtype as query"
+_EXPECTED = {
+    "pads": ("B, S", _PADS),
+    "query_pads": ("B, L", _PADS),
+    **dict.fromkeys(("documents", "spans", "until"), ("B, S", _NUMBERS)),
+    "query": ("B, Hq, L, E", _INPUT),
+    "key": ("B, Hkv, S, E", _INPUT),
+    "value": ("B, Hkv, S, Ev", _INPUT),
+}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _check_tensors(**tensors: Any) -> None:
+    """Their types, and their shapes against each other. Pads are among them."""
+    sizes: dict[str, int] = {}
+    for name, x in tensors.items():
+        letters, kind = _EXPECTED[name]
+        if getattr(x, "is_nested", False) or hasattr(x, "to_local"):
+            rule = f"{name} must be a plain tensor: {name}.to_padded_tensor(0.0) of a nested tensor, "
+            _require(False, rule + f"{name}.to_local() of a DTensor", TypeError, type=type(x))
+        is_right = isinstance(x, Tensor)
+        if is_right and kind is _INPUT:
+            is_right = x.is_floating_point() and x.dtype == tensors["query"].dtype
+        elif is_right:
+            is_right = x.dtype == torch.bool if kind is _PADS else x.dtype in _INTEGERS
+        if not is_right:
+            _require(False, f"{name} must be {kind}", TypeError, **tensors)
+        names = letters.split(", ")
+        fits = len(names) == x.dim() and 0 not in x.shape
+        for letter, size in zip(names, x.shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        if not fits:
+            rule = f"{name} must be of shape ({letters}) and agree with the others; no dimension may be empty"
+            _require(False, rule, **tensors)
+        if x.device != tensors["pads"].device:
+            _require(False, f"{name} must be on the device of pads: move it", **tensors)
+
+
+def _require(holds: bool, rule: str, error: Any = ValueError, /, **got: Any) -> None:
+    if not holds:  # only now are values formatted
+        show = lambda x: f"{tuple(x.shape)} {x.dtype} {x.device}" if isinstance(x, Tensor) else repr(x)[:80]
+        shown = [f"{name} {show(x)}" for name, x in got.items() if x is not None or len(got) == 1]
+        raise error(f"{rule}; got {', '.join(shown)}")
 
 
 # ---- 3. Attention -----------------------------------------------------------------------------------------
@@ -302,188 +494,124 @@ def _list_tiles(
 
 def causal_padded_attention(
     query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, block_mask: BlockMask | None = None,
-    causal: bool = True, window: int | None = None, documents: Tensor | None = None,
-    query_pads: Tensor | None = None, scale: float | None = None,
+    causal: bool | None = None, window: int | None = None, documents: Tensor | None = None,
+    spans: Tensor | None = None, until: Tensor | None = None, query_pads: Tensor | None = None,
+    padding_side: str | None = None, scale: float | None = None,
     score_mod: Callable[..., Tensor] | None = None, return_lse: bool = False, backend: str = "auto",
     safe_padding: bool = False,
 ) -> Any:  # fmt: skip
-    """Attention over a padded batch by FlexAttention: softmax(scale query keyᵀ) value where allowed.
+    """Attention over a padded batch by FlexAttention: softmax(scale query keyᵀ) value, where allowed.
 
-    Fewer queries than keys are the last tokens, unless the block mask says otherwise. The CPU runs plain
-    operators, with memory for every score.
+    Fewer queries than keys are the last tokens, unless the block mask says otherwise. CUDA runs compiled
+    kernels. Other devices run plain operators, which need memory for every score.
 
     Args:
-        query: (B, Hq, L, E); a transposed view of (B, L, Hq, E) needs no copy, here and below.
-        key: (B, Hkv, S, E); query head i reads key head i // (Hq // Hkv).
+        query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
+        key: (B, Hkv, S, E). Query head i reads key head i // (Hq // Hkv).
         value: (B, Hkv, S, Ev).
         pads: (B, S), torch.bool, True where the key is padding.
-        block_mask: what `create_causal_padding_block_mask` made of the same `pads`, to be shared by layers;
-            made here when None. It then decides what is seen, also over `causal`.
-        causal, window, documents: what a query sees, as in `create_causal_padding_block_mask`.
-        query_pads: (B, L), torch.bool, True where padding: queries that are other tokens than the keys.
-            Beside a block mask made with it, only safe_padding needs it.
-        scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
-        score_mod: flex's, from score, b, h, q_idx, kv_idx to the score that is used. q_idx counts the
-            queries given here. On the CPU the five are tensors that broadcast.
-        return_lse: whether to return the logarithms of the softmax's sums too.
-        backend: "triton", "flash" (FlashAttention-4, without score_mod and return_lse), or "auto": "flash"
-            where it can be used and is faster, for large inputs; never for deterministic algorithms.
-        safe_padding: zero padded rows first, for a copy of value, and of query and key where gradients are
-            enabled. Without it NaN or Inf there reach real rows: in `value` the output (0 * NaN is NaN), in
-            all three the gradients.
+        block_mask: what `create_causal_padding_block_mask` made of the same `pads`, so that layers share it.
+            None builds it here. It says what is seen, so the options of the mask are refused beside it.
+        causal, window, documents, spans, until, query_pads, padding_side: the options of the mask, as in
+            `create_causal_padding_block_mask`. A causal of None stands for True.
+        scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E).
+        score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use.
+            q_idx counts the queries given here. On other devices than CUDA the five are tensors that
+            broadcast.
+        return_lse: whether to return the log-sum-exp of the scores too.
+        backend: "triton"; "flash" for FlashAttention-4's kernels, which support neither score_mod nor
+            return_lse; or "auto" for "flash" where it can be used and was measured to be faster, which is
+            for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
+        safe_padding: whether to set padded rows of the inputs to zero first, in a copy. Otherwise NaN or Inf
+            in padded rows of `value` reaches the output of real rows (0 * NaN is NaN), and in padded rows of
+            all three it reaches gradients.
 
     Returns:
-        (B, Hq, L, Ev); padded query rows are exact zeros, as gradients in padded rows are. With return_lse,
-        also (B, Hq, L) in float32: the natural logarithm of the sum of the exponentials, -inf in padded rows.
+        (B, Hq, L, Ev). Padded query rows are exact zeros, and so are gradients in padded rows. With
+        return_lse also (B, Hq, L), float32: the natural logarithm of the sum of the exponentials of the
+        scores, -inf in padded rows.
 
     Raises:
-        TypeError, ValueError: inputs that do not fit together, each with what to do.
+        TypeError, ValueError: inputs do not fit together. The message says what was expected.
+        RuntimeError: more than 64 kinds of input were compiled.
     """
+    options: Any = {"causal": causal, "window": window, "documents": documents, "spans": spans}
+    options |= {"until": until, "query_pads": query_pads, "padding_side": padding_side}
     query, key, value = _cast_for_autocast(query, key, value)
-    _check_inputs(query, key, value, pads, block_mask, score_mod)
-    known = backend in ("auto", "triton", "flash")
-    _require(known, 'backend must be "auto", "triton" or "flash"', backend=backend)
-    obstacle = _flash_obstacle(query, key, value, score_mod, return_lse) if backend == "flash" else None
-    _require(obstacle is None, f'backend="flash" needs {obstacle}: pass "auto"', query=query, value=value)
+    _check_attention(query, key, value, pads, block_mask, options, scale, score_mod, return_lse, backend)
     if block_mask is None:
-        seen: Any = {"causal": causal, "window": window, "documents": documents, "query_pads": query_pads}
-        block_mask = create_causal_padding_block_mask(pads, query.shape[2], **seen)
-    else:
-        rule = "window and documents must be in the block_mask: make it with them"
-        _require(window is documents is None, rule, window=window, documents=documents)
+        options["causal"] = True if causal is None else causal
+        block_mask = create_causal_padding_block_mask(pads, query.shape[2], **options)
     if safe_padding:
         value = _zero(value, pads)
         if torch.is_grad_enabled():  # padded rows of query and key reach nothing but gradients
-            if query_pads is None:
-                all_queries = query.shape[2] == key.shape[2]
-                query_pads = pads if all_queries else ~_dense_mask(block_mask, query).any(-1)[:, 0]  # (B, L)
-            query, key = _zero(query, query_pads), _zero(key, pads)
-    return _attend(query, key, value, block_mask, scale, score_mod, return_lse, backend)
+            query, key = _zero(query, _find_padded_queries(block_mask, query)), _zero(key, pads)
+    scale = None if scale is None else float(scale)
+    return _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend)
 
 
-def _zero(x: Tensor, rows: Tensor) -> Tensor:  # in one pass, where masked_fill takes two
-    return torch.where(rows[:, None, :, None], 0.0, x)
+def _cast_for_autocast(*tensors):
+    """To the dtype of autocast, where it is enabled. Like SDPA it leaves float64 alone."""
+    device = getattr(tensors[0], "device", torch.device("cpu")).type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype, keep = torch.get_autocast_dtype(device), (None, torch.float64, torch.int64)
+    return [x if getattr(x, "dtype", None) in keep else x.to(dtype) for x in tensors]
 
 
-def _cast_for_autocast(*tensors: Tensor) -> Any:  # as SDPA does
-    device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return tensors if dtype is None else [x.to(dtype) for x in tensors]
+def _zero(x, rows):
+    return torch.where(rows[:, None, :, None], 0.0, x)  # in one pass, where masked_fill takes two
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool,
-    backend: str = "auto",
-) -> Any:  # fmt: skip
-    if query.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return _attend_on_the_cpu(query, key, value, block_mask, scale, score_mod, return_lse)
+def _find_padded_queries(block_mask, query):
+    """(B, L): True where the query is padding. With masks that were not made here, where it sees no key."""
+    query_pads = getattr(block_mask.mask_mod, "query_pads", None)
+    if query_pads is not None:
+        return query_pads
+    _, heads, q_len, kv_len = block_mask.shape
+    sees, rows = [], max(1, 2**26 // (query.shape[0] * heads * kv_len))  # in parts of 64 MiB at most
+    for start in range(0, q_len, rows):
+        sizes = query.shape[0], heads, min(rows, q_len - start), kv_len
+        moved = _move_queries(block_mask.mask_mod, torch.full((), start, device=query.device))
+        sees.append(create_mask(moved, *sizes, query.device).any(-1).any(1))
+    return ~torch.cat(sees, dim=1)
+
+
+def _move_queries(mask_mod, start):
+    return lambda b, h, q_idx, kv_idx: mask_mod(b, h, q_idx + start, kv_idx)
+
+
+def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend="auto"):
+    inputs = (query, key, value, score_mod, block_mask, scale, return_lse)
+    if not query.is_cuda:
+        casts = torch.is_autocast_enabled(query.device.type)
+        with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
+            return _attend_in_plain_operators(*inputs)
     if backend == "auto":
-        faster = _is_faster_with_flash(query, key, block_mask)
-        usable = faster and _flash_obstacle(query, key, value, score_mod, return_lse) is None
+        is_faster = _is_faster_with_flash(query, key, block_mask)
+        usable = is_faster and _can_use_flash(query, key, value, score_mod, return_lse)
         backend = "flash" if usable else "triton"
     options = _kernel_options(query, key, value, block_mask, backend)
-    if torch.compiler.is_compiling():
-        return _flex_attention(query, key, value, score_mod, block_mask, scale, options, return_lse)
-    batch_size = query.shape[0]
-    if options["BACKEND"] != "TRITON_DECODE" or _part_of(batch_size) == batch_size:
-        return _run_compiled(query, key, value, score_mod, block_mask, scale, options, return_lse)
-    results, start = [], 0
-    while start < batch_size:
-        rows = slice(start, start + _part_of(batch_size - start))
-        q, k, v = query[rows], key[rows], value[rows]
-        mods = _select(score_mod, block_mask, rows, torch.full((), start, device=query.device))
-        options = _kernel_options(q, k, v, block_mask)
-        results.append(_run_compiled(q, k, v, *mods, scale, options, return_lse))
-        start = rows.stop
-    return tuple(map(torch.cat, zip(*results, strict=True))) if return_lse else torch.cat(results)
+    if torch.compiler.is_compiling():  # the caller compiles
+        return _flex_attention(*inputs, options)
+    return _run_compiled(*inputs, options)
 
 
-def _part_of(batch_size: int) -> int:
-    """The decoding kernel is compiled for a batch size. Let there be few: 1 to 16, and powers of two.
-
-    And not too large: a CUDA grid holds 65535 sequences times key heads.
-    """
-    return batch_size if batch_size <= 16 else min(512, 1 << batch_size.bit_length() - 1)
-
-
-def _select(score_mod: Any, block_mask: Any, rows: slice, start: Tensor) -> tuple[Any, Any]:
-    """The score_mod and the block mask of some sequences of a batch."""
-    part, score, mask_mod = None, None, None if block_mask is None else block_mask.mask_mod
-    if score_mod is not None:
-        score = lambda s, b, h, q_idx, kv_idx: score_mod(s, b + start, h, q_idx, kv_idx)  # noqa: E731
-    if mask_mod is not None:
-        part = block_mask[rows]
-        part.mask_mod = lambda b, h, q_idx, kv_idx: mask_mod(b + start, h, q_idx, kv_idx)
-    return score, part
-
-
-def _flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: Any, options: Any,
-    return_lse: bool,
-) -> Any:  # fmt: skip
-    # What a loop counts is compiled in, here the heads, and the batch where the decoding kernel needs it.
-    static = [query.shape[1], key.shape[1]] + [query.shape[0]] * (options["BACKEND"] == "TRITON_DECODE")
-    for size in static:
-        for _ in range(size):
-            pass
-    aux = AuxRequest(lse=True) if return_lse else None
-    gqa = query.shape[1] != key.shape[1]
-    result: Any = flex_attention(
-        query, key, value, score_mod, block_mask, scale, gqa, kernel_options=options, return_aux=aux
-    )
-    return (result[0], result[1].lse) if return_lse else result
-
-
-def _run_compiled(*args: Any) -> Any:
-    try:
-        # Compiling flex runs autograd. Were that in the device's thread, it might wait there for another
-        # thread's first backward pass, which waits for the compiler.
-        with torch.autograd.set_multithreading_enabled(False):
-            return _compiled_flex_attention()(*args)
-    except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # which has no public name
-            raise
-        rule = f"{_KINDS} kinds of input are compiled, the limit: use fewer head sizes, dtypes, batch sizes"
-        raise RuntimeError(f"{rule} to decode, score_mods; or call torch.compiler.reset()") from error
-
-
-@cache
-def _compiled_flex_attention() -> Any:
-    # After 8 kinds of input (head sizes, dtypes, lengths, with gradients or without, ...) torch would go on
-    # uncompiled, with memory for every score: allow more, and have it raise there. One thread at a time:
-    # torch breaks where two import what it compiles with.
-    with _LOCK:
-        # Torch would time ways to add up what decoding splits, and at times take one that is thrice as slow.
-        options = {"deterministic": True, "max_autotune": False}
-        how: Any = {"fullgraph": True, "options": options}
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            how["recompile_limit"] = _KINDS
-        else:  # torch 2.11
-            torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)
-        return torch.compile(_flex_attention, **how)
-
-
-_KINDS = 64
-_LOCK = threading.Lock()
-_FEW = 16  # queries
-
-
-def _attend_on_the_cpu(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: Any, score_mod: Any, return_lse: bool
-) -> Any:
-    """In plain operators: flex has no gradients there, and what it compiles to may fail to build."""
+def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):
+    """For the CPU, where flex_attention has no gradients and needs a C++ compiler, and for other devices."""
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     key, value = (x.to(wide).repeat_interleave(group, dim=1) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
-    if score_mod is not None:
-        places = [torch.arange(n).view([-1] + [1] * (3 - i)) for i, n in enumerate(scores.shape)]
-        shape, scores = scores.shape, score_mod(scores, *places).to(wide)
-        rule = "score_mod must give a score for each: look up bias[b, h, q_idx, kv_idx], not bias[b][h]"
-        _require(scores.shape == shape, rule, scores=scores)
+    mask = None
     if block_mask is not None:
-        scores = scores.masked_fill(~_dense_mask(block_mask, query), -torch.inf)
-    # A softmax over no key is NaN: let those rows see every key, and zero them and their gradients after.
+        _, heads, q_len, kv_len = block_mask.shape
+        sizes = query.shape[0], heads, q_len, kv_len
+        mask = create_mask(block_mask.mask_mod, *sizes, query.device)  # (B, H or 1, L, S)
+    if score_mod is not None:
+        scores = _modify_scores(scores, mask, score_mod).to(wide)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    # A softmax over no key is NaN. Such rows see every key here, and they and their gradients become zero.
     empty = scores.detach().amax(-1, keepdim=True).isneginf()
     scores = scores.masked_fill(empty, 0.0)
     output = (scores.softmax(-1) @ value).masked_fill(empty, 0.0).to(query.dtype)
@@ -492,126 +620,222 @@ def _attend_on_the_cpu(
     return output, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
 
 
-def _dense_mask(block_mask: BlockMask, query: Tensor) -> Tensor:
-    """(B, H or 1, L, S): the mask_mod at every score."""
-    _, heads, q_len, kv_len = block_mask.shape
-    return create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
+def _modify_scores(scores, mask, score_mod):
+    places = [
+        torch.arange(n, device=scores.device).view([-1] + [1] * (3 - i)) for i, n in enumerate(scores.shape)
+    ]
+    given = [scores, *places]
+    if mask is not None:
+        # Where masked, evaluate a pair that is allowed: what is not finite there would have NaN for gradient.
+        allowed = mask.expand_as(scores).flatten().int().argmax()
+        given = [torch.where(mask, x, x.expand_as(scores).flatten()[allowed]) for x in given]
+    modified = score_mod(*given)
+    rule = "score_mod must return a score for each pair: look up bias[b, h, q_idx, kv_idx], not bias[b][h]"
+    _require(modified.shape == scores.shape, rule, scores=modified)
+    return modified
 
 
-def _kernel_options(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, backend: str = "triton"
-) -> dict[str, Any]:
-    """What was measured on an H100 or H200 is used on Hopper; elsewhere torch chooses."""
+def _run_compiled(*inputs):
+    try:
+        # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
+        # for the first backward pass of another thread, which waits for the compiler.
+        with torch.autograd.set_multithreading_enabled(False):
+            return _compile()(*inputs)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # which has no public name
+            raise
+        rule = f"{_KINDS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, score_mods "
+        raise RuntimeError(rule + "or batch sizes that decode, or call torch.compiler.reset()") from error
+
+
+@cache
+def _compile():
+    # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
+    # Left to itself it would also time ways to add up what decoding splits, and at times choose a slow one.
+    how = {"fullgraph": True, "options": {"deterministic": True, "max_autotune": False}}
+    with _LOCK:
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            how["recompile_limit"] = _KINDS
+        else:  # torch 2.11
+            torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)
+        return torch.compile(_flex_attention, **how)
+
+
+_LOCK = threading.Lock()  # torch breaks where two threads import what it compiles with
+
+
+def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options):
+    _make_constant(query.shape[1], key.shape[1])
+    if options["BACKEND"] == "TRITON_DECODE":
+        _make_constant(query.shape[0])
+    aux = AuxRequest(lse=True) if return_lse else None
+    is_grouped = query.shape[1] != key.shape[1]
+    result = flex_attention(
+        query, key, value, score_mod, block_mask, scale, is_grouped, kernel_options=options, return_aux=aux
+    )
+    return (result[0], result[1].lse) if return_lse else result
+
+
+def _make_constant(*sizes):
+    """Compile these sizes into the kernel, which is faster for it: a loop over a size makes it a constant."""
+    for size in sizes:
+        for _ in range(size):
+            pass
+
+
+# Which kernel. What was measured on H100 and H200 is used on Hopper; elsewhere torch chooses.
+
+
+def _kernel_options(query, key, value, block_mask, backend="triton"):
+    """The kernel_options of flex_attention."""
     if backend == "flash":
         return {"BACKEND": "FLASH"}
-    group, on_hopper = query.shape[1] // key.shape[1], _is_on_hopper(query)
-    width = max(query.shape[3], value.shape[3]) * query.element_size()  # bytes
+    if decoding := _decoding_options(query, key, value, block_mask):
+        return decoding
     blocks = (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
-    rows = max(group, 16 if query.shape[2] * group <= 16 else 64)  # queries times group, of a tile
-    decodes = query.shape[2] <= _FEW and group & group - 1 == 0 and not (blocks[0] % rows or blocks[1] % 64)
-    if decodes and (block_mask is None or block_mask.shape[1] == 1):
-        options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
-        if on_hopper:  # loads that run ahead, as far as they fit, and work for the whole card
-            stages, work = 3 if width <= 256 else 2 if width <= 512 else 1, 1024 if rows <= 16 else 256
-            split = min(32, max(1, work // (query.shape[0] * key.shape[1])))
-            options |= {"fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
-        return options
     # Whether no tile reaches past the end. Torch 2.11 sees it only in lengths that are compiled in, and
     # wrongly where a block of the mask is larger than 128.
     lengths = zip((query.shape[2], key.shape[2]), blocks, strict=True)
     divisible = not any(length % 128 or length % block for length, block in lengths)
     # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
     options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
-    if width == 256 and query.element_size() == 2 and on_hopper:
-        if query.shape[2] < 128:  # half the time of torch's, mostly empty, tiles
-            options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
-        else:
-            # Small enough that two programs share a multiprocessor: one multiplies, one exponentiates. But
-            # where a window or documents cut tiles at both ends, larger ones are faster. Torch compiles loads
-            # by descriptor also for rows that begin between multiples of 16 bytes, and then reads wrongly;
-            # while a caller's graph is traced, where they begin cannot be asked.
-            between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
-            tma = not (between or torch.compiler.is_compiling())
-            small: Any = {"fwd_num_stages": 2, "fwd_num_warps": 4, "fwd_USE_TMA": tma}
-            tiles = {"up_to_last": small, "from_first_to_last": {"fwd_BLOCK_N": 128}}
-            mask_mod = getattr(block_mask, "mask_mod", None)
-            options |= tiles.get(getattr(mask_mod, "__name__", ""), {})
-    if query.shape[3] <= 64 and query.element_size() == 2 and on_hopper:
-        # Torch's own tiles spill registers forward there, and are slower backward.
-        options |= {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
-        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
+    if not _is_on_hopper(query) or query.element_size() != 2:
+        return options
+    is_64, is_128 = query.shape[3] <= 64, max(query.shape[3], value.shape[3]) == 128
+    is_short, mask_mod = query.shape[2] < 128, getattr(block_mask, "mask_mod", None)
+    has_first = getattr(mask_mod, "has_first", None)  # of masks that were made here
+    # Torch compiles loads by descriptor (TMA) also for rows that begin between multiples of 16 bytes, and
+    # then reads wrongly; while a caller's graph is traced, where they begin cannot be asked.
+    between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
+    tma = {"fwd_USE_TMA": not (between or torch.compiler.is_compiling())}
+    tiles_of_64 = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
+    backward = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
+    for holds, measured in (  # where, what; and above it why
+        # Half the time of torch's tiles, which are mostly empty.
+        (is_128 and is_short, tiles_of_64 | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
+        # Two programs share a multiprocessor: one multiplies while the other exponentiates.
+        (is_128 and not is_short and has_first is False, {"fwd_num_stages": 2, "fwd_num_warps": 4} | tma),
+        # But where runs begin late, by a window or documents, tiles are cut at both ends: larger ones gain.
+        (is_128 and not is_short and has_first is True, {"fwd_BLOCK_N": 128}),
+        # Torch's own tiles spill registers forward, and are slower backward.
+        (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | backward),
+    ):
+        options |= measured if holds else {}
     return options
 
 
-def _is_on_hopper(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+def _decoding_options(query, key, value, block_mask):
+    """Those of the kernel that splits the keys of few queries over the card; None where it does not fit.
+
+    Torch compiles it for a number of heads and a batch size.
+    """
+    (batch_size, heads, q_len, size), kv_heads = query.shape, key.shape[1]
+    group, blocks = heads // kv_heads, (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
+    rows = max(group, 16 if q_len * group <= 16 else 64)  # of a tile: queries times group
+    is_whole = q_len <= _DECODES and group & group - 1 == 0 and not (blocks[0] % rows or blocks[1] % 64)
+    fits = is_whole and batch_size * kv_heads < 2**16  # the grid of CUDA
+    if not fits or not (block_mask is None or block_mask.shape[1] == 1):
+        return None
+    options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
+    if _is_on_hopper(query):
+        width = max(size, value.shape[3]) * query.element_size()  # bytes
+        stages = 3 if width <= 256 else 2 if width <= 512 else 1  # loads run ahead as far as they fit
+        programs = 1024 if rows <= 16 else 256  # work for the whole card
+        split = min(32, max(1, programs // (batch_size * kv_heads)))
+        options |= {"fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
+    return options
 
 
-def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, pads: Tensor, block_mask: Any, score_mod: Any
-) -> None:
-    got = {"query": query, "key": key, "value": value, "pads": pads}
-    _check_tensors(pads=pads)
-    transposed = key.dim() == 4 and key.shape[2] != pads.shape[1] == key.shape[1]
-    _require(not transposed, "heads must stand before the length: pass x.transpose(1, 2)", **got)
-    _check_tensors(**got)
-    if query.is_cuda and not torch.compiler.is_compiling():
-        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # no public name tells
-        rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
-        _require(not any(map(is_wrapped, (query, key, value))), rule, TypeError, query=type(query))
-    small = query.is_cuda and min(query.shape[3], value.shape[3]) < 16
-    _require(not small, "on CUDA, head sizes must be 16 at least: fill up with zeros", **got)
-    large = query.is_cuda and query.shape[0] >= 2**16  # than a CUDA grid
-    _require(not large, "on CUDA, a batch must be of at most 65535: make calls for parts of it", **got)
-    divides = query.shape[1] % key.shape[1] == 0
-    _require(divides, "the heads of query must be a multiple of those of key and value", **got)
-    usable = score_mod is None or callable(score_mod)
-    _require(usable, "score_mod is a function of score, b, h, q_idx, kv_idx", TypeError, score_mod=score_mod)
-    if block_mask is not None:
-        is_mask = isinstance(block_mask, BlockMask)
-        _require(is_mask, "block_mask must be a BlockMask", TypeError, block_mask=type(block_mask))
-        sliced = getattr(block_mask.mask_mod, "__name__", "") == "_sliced_mask_mod_error"
-        shape, device = block_mask.shape, block_mask.kv_num_blocks.device
-        rule = "block_mask is a slice, without its mask_mod: make one of a slice of pads"
-        _require(not sliced, rule, block_mask=(*shape, device))
-        fits = shape == (query.shape[0], shape[1], query.shape[2], key.shape[2]) and device == pads.device
-        rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
-        _require(fits and shape[1] in (1, query.shape[1]), rule, block_mask=(*shape, device), **got)
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        both_ways = block_mask.q_num_blocks is not None or not grad
-        rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
-        _require(both_ways, rule, block_mask=(*shape, device))
+def _is_on_hopper(x):
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-_HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # which a compiled model cannot ask
-_FLASH_FROM = 1e11  # B Hq L S E
+def _can_use_flash(query, key, value, score_mod, return_lse):
+    is_here = _HAS_FLASH and _is_on_hopper(query)  # the only kind of card it was tried on
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    sizes_fit = not any(size % 8 or size > 128 for size in (query.shape[3], value.shape[3]))  # its tiles, 128
+    is_plain = score_mod is None and not return_lse  # torch 2.11 compiles few score_mods and scales the lse
+    return is_here and is_half and sizes_fit and is_plain and query.shape[2] == key.shape[2]
 
 
-def _is_faster_with_flash(query: Tensor, key: Tensor, block_mask: BlockMask | None) -> bool:
-    # Measured on an H100 and an H200: where the arithmetic outweighs its launch. What the padding leaves of
-    # it cannot be asked without waiting for the device.
-    large = query.numel() * key.shape[2] >= _FLASH_FROM
+def _is_faster_with_flash(query, key, block_mask):
+    # Where the arithmetic outweighs its launch. What the padding leaves of it is known to the device alone.
+    is_large = query.numel() * key.shape[2] >= _FLASH_FROM
     fits = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
-    return large and fits and not torch.are_deterministic_algorithms_enabled()
+    return is_large and fits and not torch.are_deterministic_algorithms_enabled()
 
 
-def _flash_obstacle(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, lse: bool) -> str | None:
-    """What the FLASH kernel needs and lacks, if anything."""
-    sizes = (query.shape[3], value.shape[3])
-    needs = {
-        "the package flash-attn-4 (pip install --pre flash-attn-4)": _HAS_FLASH,
-        "a Hopper card, the only kind it was tried on": _is_on_hopper(query),
-        "float16 or bfloat16": query.dtype in (torch.float16, torch.bfloat16),
-        # Those of which its tiles divide 128.
-        "head sizes that are multiples of 8 up to 128": not any(size % 8 or size > 128 for size in sizes),
-        # Torch 2.11 compiles few of the one there, and scales the other wrongly.
-        "neither score_mod nor return_lse": score_mod is None and not lse,
-        "as many queries as keys": query.shape[2] == key.shape[2],
-    }
-    return next((need for need, holds in needs.items() if not holds), None)
+# What does not fit.
 
 
-# ---- all above is one piece to paste; it needs torch alone ------------------------------------------------
+def _check_attention(query, key, value, pads, block_mask, options, scale, score_mod, return_lse, backend):
+    tensors = {"query": query, "key": key, "value": value, "pads": pads}
+    _check_tensors(pads=pads)
+    if isinstance(key, Tensor) and key.dim() == 4 and key.shape[2] != pads.shape[1] == key.shape[1]:
+        _require(False, "heads must stand before the length: pass x.transpose(1, 2)", **tensors)
+    _check_tensors(**tensors)
+    rule = "score_mod must be a function of score, b, h, q_idx, kv_idx"
+    _require(score_mod is None or callable(score_mod), rule, TypeError, score_mod=score_mod)
+    is_number = scale is None or (not isinstance(scale, Tensor) and hasattr(scale, "__float__"))
+    _require(is_number, "scale must be a float, such as scale.item()", TypeError, scale=scale)
+    is_mask = block_mask is None or isinstance(block_mask, BlockMask)
+    _require(is_mask, "block_mask must be a BlockMask", TypeError, block_mask=type(block_mask))
+    divides = query.shape[1] % key.shape[1] == 0
+    _require(divides, "the heads of query must be a multiple of those of key and value", **tensors)
+    if query.is_cuda:
+        _check_on_cuda(query, key, value, tensors)
+    _require(backend in ("auto", "triton", "flash"), _BACKENDS, backend=backend)
+    flash = backend != "flash" or _can_use_flash(query, key, value, score_mod, return_lse)
+    _require(flash, _FLASH_NEEDS, **tensors)
+    if block_mask is None:
+        known = options["causal"] is not False or query.shape[2] == key.shape[2]
+        rule = "without causality, query_pads or a block_mask must say what the queries are"
+        _require(known or options["query_pads"] is not None, rule, **tensors)
+    else:
+        _check_block_mask(query, key, value, pads, block_mask, options)
+
+
+_BACKENDS = 'backend must be "auto", "triton" or "flash"'
+_FLASH_NEEDS = (
+    'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 or '
+    "bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and neither score_mod "
+    'nor return_lse; pass "auto"'
+)
+
+
+def _check_on_cuda(query, key, value, tensors):
+    is_plain = torch.compiler.is_compiling() or not any(map(_is_of_torch_func, (query, key, value)))
+    rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
+    _require(is_plain, rule, TypeError, query=type(query))
+    rule = "on CUDA, flex_attention has no float64: cast to float32"
+    _require(query.dtype != torch.float64, rule, TypeError, **tensors)
+    rule = "on CUDA, head sizes must be at least 16: fill up with zeros"
+    _require(min(query.shape[3], value.shape[3]) >= 16, rule, **tensors)
+    rule = "on CUDA, a batch must be of at most 65535 sequences: make calls for parts of it"
+    _require(query.shape[0] < 2**16, rule, **tensors)
+
+
+def _check_block_mask(query, key, value, pads, block_mask, options):
+    given = [name for name, option in options.items() if option is not None]
+    if given:
+        rule = f"{' and '.join(given)} must not be given beside a block_mask: make the block_mask with them"
+        _require(False, rule, **options)
+    shape, device, mask_mod = block_mask.shape, block_mask.kv_num_blocks.device, block_mask.mask_mod
+    shown = {"block_mask": (*shape, str(device)), "query": query, "key": key, "pads": pads}
+    is_sliced = getattr(mask_mod, "__name__", "") == "_sliced_mask_mod_error"  # torch's own mark
+    rule = "block_mask is a slice, which has no mask_mod: make a block_mask of a slice of pads"
+    _require(not is_sliced, rule, **shown)
+    heads = query.shape[1] if shape[1] > 1 else 1
+    fits = shape == (query.shape[0], heads, query.shape[2], key.shape[2]) and device == pads.device
+    rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
+    _require(fits, rule, **shown)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    has_backward = block_mask.q_num_blocks is not None or not wants_grad
+    rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
+    _require(has_backward, rule, **shown)
+
+
+# ---- all above is one piece to paste: it needs torch alone ------------------------------------------------
 
 
 # ---- 4. The reference -------------------------------------------------------------------------------------
@@ -621,21 +845,21 @@ def sdpa_reference(
     query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same attention by `scaled_dot_product_attention` with the explicit mask, in memory for B L S flags.
+    """The same attention by `scaled_dot_product_attention` with the explicit mask, of B L S flags.
 
     Args:
-        query: (B, Hq, L, E), the last L positions of the sequence.
-        key: (B, Hkv, S, E), with Hq a multiple of Hkv.
+        query: (B, Hq, L, E), the last L tokens of the sequence.
+        key: (B, Hkv, S, E). Hq must be a multiple of Hkv.
         value: (B, Hkv, S, Ev).
         pads: (B, S), torch.bool, True where the token is padding.
-        causal: whether a query sees only the keys up to its own position.
-        scale: factor of the scores before the softmax; 1 / sqrt(E) when None.
+        causal: whether a query sees only the keys up to its own place.
+        scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E).
 
     Returns:
-        (B, Hq, L, Ev); padded query rows are exact zeros and receive and give exact zero gradients.
+        (B, Hq, L, Ev). Padded query rows are exact zeros, and receive and give exact zero gradients.
 
     Raises:
-        TypeError, ValueError: what `create_padding_mask` says of `pads`.
+        TypeError, ValueError: `pads` is not a torch.bool tensor of two dimensions, or it is empty.
     """
     mask, empty = _explicit_mask(pads, query.shape[2], causal)
     group = query.shape[1] // key.shape[1]
@@ -651,14 +875,14 @@ def sdpa_reference(
 _LARGEST_MASK = 2**32
 
 
-def _explicit_mask(pads: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """What the last L tokens see, (B, 1, L, S), or all where nothing; and where, (B, 1, L, 1)."""
-    create_padding_mask(pads)  # for its checks
+def _explicit_mask(pads, q_len, causal):
+    """What the last q_len tokens see, (B, 1, L, S), and which of them see nothing, (B, 1, L, 1)."""
+    _check_tensors(pads=pads)
     start = pads.shape[1] - q_len
     mask = ~pads[:, None, start:, None] & ~pads[:, None, None, :]
     mask = mask.tril(start) if causal else mask
-    empty = ~mask.any(-1, keepdim=True)  # a softmax over no key is NaN, unless a kernel looks out for it
-    return mask | empty, empty
+    empty = ~mask.any(-1, keepdim=True)
+    return mask | empty, empty  # those see everything: a softmax over no key is NaN in some kernels
 
 
 # ---- 5. Adapters ------------------------------------------------------------------------------------------
@@ -667,31 +891,35 @@ def _explicit_mask(pads: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tens
 def sequence_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, pads: Tensor, mesh: Any, **kwargs: Any
 ) -> Any:
-    """`causal_padded_attention` over sequences that are shared out over the ranks of a mesh.
+    """Run `causal_padded_attention` on sequences that are sharded over the ranks of a mesh.
 
-    Each rank gives its tokens and gets all tokens of some heads, attends, and gives them back: an all-to-all
-    before and one after, as in DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509; and so for gradients.
+    Each rank gives its tokens, receives all tokens of some of the heads, attends, and gives the output back:
+    one all-to-all before and one after attention, and the same for gradients, as in DeepSpeed-Ulysses,
+    https://arxiv.org/abs/2309.14509.
 
     Args:
-        query: (B, Hq, S / ranks, E): this rank's tokens, in the order of the ranks.
+        query: (B, Hq, S / ranks, E), the tokens of this rank. Ranks hold the sequence in their order.
         key: (B, Hkv, S / ranks, E).
         value: (B, Hkv, S / ranks, Ev).
         pads: (B, S), torch.bool, True where the token is padding: of the whole sequence, on every rank.
-        mesh: a DeviceMesh of one dimension. Its ranks must divide Hq, and divide Hkv or be a multiple of it:
-            then each head of key and value is sent to several ranks.
-        kwargs: what `causal_padded_attention` takes. A block mask is that of the whole sequence.
+        mesh: a DeviceMesh of one dimension. Its size must divide Hq, and divide Hkv or be a multiple of it.
+        kwargs: the options of `causal_padded_attention`. Tensors among them, and a block mask, are of the
+            whole sequence, on every rank.
 
     Returns:
-        (B, Hq, S / ranks, Ev): the output for this rank's tokens; with return_lse, theirs too.
+        (B, Hq, S / ranks, Ev), the output for the tokens of this rank. With return_lse, also theirs.
 
     Raises:
-        TypeError, ValueError: mesh, length or heads do not fit, or what `causal_padded_attention` says.
+        TypeError, ValueError: the mesh, the length or the heads do not fit, or what
+            `causal_padded_attention` says.
     """
     query, key, value = _cast_for_autocast(query, key, value)
     ranks, heads, kv_heads = mesh.size(), query.shape[1], key.shape[1]
-    _require(mesh.ndim == 1, "mesh must have one dimension, which shares out the sequence", ndim=mesh.ndim)
+    _require(
+        mesh.ndim == 1, "mesh must have one dimension, over which the sequence is sharded", ndim=mesh.ndim
+    )
     for name, x in (("query", query), ("key", key), ("value", value)):
-        rule = f"{name} must be this rank's part, (batch, heads, length of pads / ranks, head size)"
+        rule = f"{name} must be this rank's part, of shape (B, heads, length of pads / ranks, head size)"
         is_part = x.dim() == 4 and x.shape[2] * ranks == pads.shape[-1]
         _require(is_part, rule, **{name: x}, pads=pads, ranks=ranks)
     fits = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
@@ -699,11 +927,9 @@ def sequence_parallel_attention(
     _require(fits, rule, ranks=ranks, heads=(heads, kv_heads))
     if ranks == 1:
         return causal_padded_attention(query, key, value, pads, **kwargs)
-    copies = max(1, ranks // kv_heads)
-    if copies > 1:
-        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
-
-    group = mesh.get_group()
+    copies, group = ranks // kv_heads, mesh.get_group()
+    if copies > 1:  # each head of key and value goes to several ranks
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
     query, key, value = (_Exchange.apply(x, 2, group) for x in (query, key, value))  # (B, H / ranks, S, E)
     result = causal_padded_attention(query, key, value, pads, **kwargs)
     if isinstance(result, tuple):
@@ -712,36 +938,27 @@ def sequence_parallel_attention(
 
 
 class _Exchange(torch.autograd.Function):
-    """Gather dimension `joined`, heads (1) or tokens (2), for a share of the other one."""
+    """Gather the heads (dimension 1) or the tokens (dimension 2), and share out the other dimension."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, joined: int, group: Any) -> Tensor:
-        ctx.joined, ctx.group = joined, group
-        # (ranks, joined, B, share, E): with what is joined outermost, the parts come in order.
-        sent = _copy(x.movedim(joined, 0).unflatten(2, (group.size(), -1)).movedim(2, 0))
+    def forward(ctx: Any, x: Tensor, gathered: int, group: Any) -> Tensor:
+        ctx.gathered, ctx.group = gathered, group
+        # (ranks, gathered, B, share, E): with the gathered dimension outermost the parts come in order.
+        sent = x.movedim(gathered, 0).unflatten(2, (group.size(), -1)).movedim(2, 0).contiguous()
         received = torch.empty_like(sent)
         torch.distributed.all_to_all_single(received, sent, group=group)
-        return received.flatten(0, 1).movedim(0, joined)
+        return received.flatten(0, 1).movedim(0, gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Exchange.apply(grad, 3 - ctx.joined, ctx.group), None, None
-
-
-def _copy(x: Tensor) -> Tensor:
-    """Contiguous. Torch copies numbers of two bytes at half the speed of memory: take them by fours."""
-    if torch.compiler.is_compiling():
-        return x.contiguous()
-    per, apart = 8 // x.element_size(), (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    wide = x.stride(-1) == 1 and not any(n % per for n in apart)
-    return x.view(torch.float64).contiguous().view(x.dtype) if wide else x.contiguous()
+        return _Exchange.apply(grad, 3 - ctx.gathered, ctx.group), None, None
 
 
 def register_transformers() -> None:
-    """Let models of transformers that were loaded with attn_implementation="flex_attention" use this file.
+    """Make transformers models with attn_implementation="flex_attention" use the masks and kernels here.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.
+        ImportError: transformers is not installed, or it is older than version 5.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -753,21 +970,25 @@ def transformers_block_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Any = None, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any,
 ) -> BlockMask:  # fmt: skip
-    """Build the causal, sliding-window and bidirectional masks of transformers in closed form, no others.
+    """Build the causal, sliding-window and bidirectional masks of transformers in closed form.
+
+    Any other mask is left to the function of transformers that this one stands in for.
 
     Args:
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: as transformers hands them to
-            its own function, which gets them where the mask is another.
-        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding; none is when None.
-        device, kwargs: likewise.
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: what transformers passes to its
+            own function.
+        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding. None means that there
+            is no padding.
+        device, kwargs: what transformers passes to its own function.
 
     Returns:
-        A BlockMask of shape (B, 1, L, S). Where causal, padded queries see nothing; in transformers they do.
+        A BlockMask of shape (B, 1, L, S). Padded queries of a causal mask see nothing here; in transformers
+        they see the keys before them.
     """
     from transformers import masking_utils as theirs
 
     def is_window(make: str) -> bool:
-        makes = getattr(theirs, make, None)  # one of them is missing in some versions
+        makes = getattr(theirs, make, None)  # some versions lack one of them
         return local is not None and makes is not None and _are_same(mask_function, makes(local))
 
     local: Any = kwargs.get("local_size")
@@ -786,7 +1007,7 @@ def transformers_block_mask(
     else:
         pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
         pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
-    if both_ways:  # queries may be other tokens than keys, and which of them are padding is not said
+    if both_ways:  # the queries may be other tokens than the keys, and nothing says which are padding
         query_pads = pads.new_zeros(batch_size, q_length)
         return create_causal_padding_block_mask(pads, causal=False, query_pads=query_pads)
     offset = q_offset - kv_offset if kv_offset else q_offset
@@ -794,7 +1015,7 @@ def transformers_block_mask(
     return create_causal_padding_block_mask(pads, q_length, q_offset=offset, causal=is_causal, window=window)
 
 
-def _are_same(x: Any, y: Any) -> bool:
+def _are_same(x, y):
     """Whether two functions, or what they capture, are the same code with the same values."""
     if hasattr(x, "__code__") and hasattr(y, "__code__"):
         x, y = ((f.__code__, *(cell.cell_contents for cell in f.__closure__ or ())) for f in (x, y))
@@ -811,18 +1032,18 @@ def transformers_attention(
     """Run the "flex_attention" of transformers with the kernels of `causal_padded_attention`.
 
     Args:
-        module, query, key, value, attention_mask, scaling: what transformers hands to an attention. A mask
-            that is dense is added to the scores, or says where they are computed if it is boolean.
-        softcap: the scores are bent to at most this.
+        module, query, key, value, attention_mask, scaling: what transformers passes to an attention function.
+            A dense mask is added to the scores, or says where they are computed if it is boolean.
+        softcap: the bound that scores are softly limited to.
         s_aux: (Hq,), the attention sinks.
         position_bias: (B or 1, Hq, L, S), added to the scores.
-        kwargs: more that transformers hands over, of which only dropout is looked at.
+        kwargs: what else transformers passes. Only dropout is looked at.
 
     Returns:
-        The output, (B, L, Hq, Ev), and None for the weights.
+        The output, (B, L, Hq, Ev), and None in the place of the weights.
 
     Raises:
-        ValueError: transformers asks for dropout, which flex does not have.
+        ValueError: transformers asks for dropout, which flex_attention does not support.
     """
     dropout, added, block_mask = kwargs.get("dropout"), [position_bias], attention_mask
     _require(not dropout, "flex_attention has no dropout: set attention_dropout to 0", dropout=dropout)
@@ -841,9 +1062,9 @@ def transformers_attention(
             score = score + bias[b, h, q_idx, kv_idx]
         return score
 
-    changes = score_mod if biases or softcap is not None else None
-    result = _attend(query, key, value, block_mask, scaling, changes, s_aux is not None)
-    if s_aux is not None:  # a sink is one more key, of value zero: it takes its share of the softmax
+    modifies = score_mod if biases or softcap is not None else None
+    result = _attend(query, key, value, modifies, block_mask, scaling, s_aux is not None)
+    if s_aux is not None:  # a sink is one more key, with a value of zero, that takes its share of the softmax
         share = torch.sigmoid(result[1] - s_aux.float()[:, None])  # (B, Hq, L)
         result = result[0] * share.unsqueeze(-1).to(result[0].dtype)
     return result.transpose(1, 2).contiguous(), None
@@ -852,33 +1073,71 @@ def transformers_attention(
 # ---- 6. The demonstration: python causal_padded_flexattn.py -----------------------------------------------
 
 
-def _parse(argv: list[str] | None) -> Any:
+def main(argv: list[str] | None = None) -> int:
+    """Run the demonstration. --help lists its options.
+
+    Args:
+        argv: the arguments of the command line. None stands for those of the process.
+
+    Returns:
+        The exit status: 0 if every check holds, 1 if one does not, 2 if arguments do not fit or there is no
+        C++ compiler.
+    """
+    import logging
+    import os
+    import sys
+    import warnings
+
+    args = _parse(argv)
+    # Nobody can act on these warnings: flex_attention is left uncompiled on purpose, a CUDA toolkit may be
+    # here without a card, and Triton 3.9 speaks of a default of its own, in background processes too.
+    warnings.filterwarnings("ignore", "flex_attention called without torch.compile|TRITON_DEFAULT_FP_FUSION")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+    # A single kernel on the CPU does not repay precompiled headers. Torch reads this when it first compiles.
+    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    try:
+        wrong = _demonstrate(args)
+    except (TypeError, ValueError) as error:
+        print(f"causal_padded_flexattn.py: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "InvalidCxxCompiler" not in str(error):
+            raise
+        print("torch.compile found no C++ compiler: install g++, or name another in CXX", file=sys.stderr)
+        return 2
+    if wrong:
+        print(f"These results are wrong: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def _parse(argv):
     import argparse
     import importlib
-    import os
     from pathlib import Path
 
-    def count(text: str) -> int:
+    def count(text):
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
         return int(text)
 
     about = "Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn."
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)  # an error is one line, then
-    add = parser.add_argument
+    add, fail = parser.add_argument, parser.error
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16; float32 on the CPU")
-    add("--batch-size", type=count, metavar="B", help="default: 8; 4 on the CPU")
-    add("--heads", type=count, metavar="H", help="of query; default: 16; 4 on the CPU")
-    add("--kv-heads", type=count, metavar="H", help="of key and value; default: as many")
-    add("--max-seq-len", type=count, metavar="S", help="default: 4096; 512 on the CPU")
-    add("--head-dim", type=count, metavar="D", default=64, help="default: 64")
+    add("--heads", type=count, metavar="H", help="query heads; default: 16; 4 on the CPU")
+    add("--kv-heads", type=count, metavar="H", help="key and value heads; default: as many as query heads")
+    add("--head-dim", type=count, metavar="D", default=64, help="size of a head; default: 64")
+    add(
+        "--max-seq-len", type=count, metavar="S", help="tokens of a padded row; default: 4096; 512 on the CPU"
+    )
     add("--lengths", type=lambda x: [*map(count, x.split(","))], metavar="N,N,...", help="default: random")
     add("--padding-side", choices=["right", "left"], default="right", help="default: right")
-    add("--seed", type=int, default=0, help="of the lengths and the numbers; default: 0")
+    add("--compile", action="store_true", help="check the compiled flex_attention on the CPU too")
     add("--output", type=Path, metavar="PATH", help="default: causal_padding_mask.png, or ..._left.png")
     add("--no-figure", action="store_true", help="draw nothing")
-    args, fail = parser.parse_args(argv), parser.error
+    args = parser.parse_args(argv)
 
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
@@ -886,13 +1145,9 @@ def _parse(argv: list[str] | None) -> Any:
     sizes = ("float32", 4, 4, 512) if args.device == "cpu" else ("bfloat16", 8, 16, 4096)
     args.dtype, args.heads = args.dtype or sizes[0], args.heads or sizes[2]
     args.kv_heads, args.max_seq_len = args.kv_heads or args.heads, args.max_seq_len or sizes[3]
-    torch.manual_seed(args.seed)
-    drawn = torch.randint(max(1, args.max_seq_len // 8), args.max_seq_len + 1, (args.batch_size or sizes[1],))
+    torch.manual_seed(0)
+    drawn = torch.randint(max(1, args.max_seq_len // 8), args.max_seq_len + 1, (sizes[1],))
     args.lengths = args.lengths or drawn.tolist()
-    if args.batch_size not in (None, len(args.lengths)):
-        fail(f"--lengths has {len(args.lengths)} sequences: leave --batch-size {args.batch_size} out")
-    if args.heads % args.kv_heads:
-        fail(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
     if max(args.lengths) > args.max_seq_len:
         fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
     if not args.no_figure:
@@ -900,8 +1155,6 @@ def _parse(argv: list[str] | None) -> Any:
         args.output = args.output or Path(f"causal_padding_mask{side}.png")
         if args.output.suffix != ".png" or not args.output.parent.is_dir():
             fail(f"--output must be a .png file in a folder that exists; got {args.output}")
-        if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
-            fail(f"--output {args.output} cannot be written: name another, or pass --no-figure")
         try:
             for package in ("matplotlib", "attn_gym"):
                 importlib.import_module(package)
@@ -911,7 +1164,139 @@ def _parse(argv: list[str] | None) -> Any:
     return args
 
 
-def _draw_mask(path: Any, padding_side: str) -> None:
+def _demonstrate(args):
+    """Print the report, draw the figure, and return the names of what is wrong."""
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+    on_cuda, batch_size, length = args.device == "cuda", len(args.lengths), args.max_seq_len
+    pads = _pads(args.lengths, length, args.padding_side, args.device)  # (B, S)
+    like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    *inputs, grad = (torch.randn(batch_size, n, length, args.head_dim, **like) for n in heads)
+    card = torch.cuda.get_device_name() if on_cuda else "CPU"
+    padding = f"{pads.float().mean():.0%} of them padding on the {args.padding_side}"
+    shape = f"{args.heads} query and {args.kv_heads} key heads of size {args.head_dim}"
+    _say("device", f"torch {torch.__version__}, {args.dtype}, {card}")
+    _say("batch", f"{batch_size} x {length} tokens, {padding}; {shape}")
+
+    # The mask of the textbook, and the same in closed form.
+    mask_mod = and_masks(causal, create_padding_mask(pads))
+    make_textbook = partial(create_block_mask, mask_mod, batch_size, None, length, length, args.device)
+    textbook, ours = make_textbook(), create_causal_padding_block_mask(pads)
+    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+    same = all(torch.equal(getattr(ours, name), getattr(textbook, name)) for name in names)
+    same = same and torch.equal(ours.to_dense(), textbook.to_dense())
+    full, partly = ours.full_kv_num_blocks.sum(), ours.kv_num_blocks.sum()
+    tiles = f"{full} full, {partly} partial, {ours.kv_indices.numel() - full - partly} skipped"
+    _say("mask", f"tiles of 128 x 128 scores: {tiles}; as create_block_mask finds them: {_verdict(same)}")
+    wrong = [] if same else ["the tiles of the mask"]
+
+    attend = partial(causal_padded_attention, pads=pads, block_mask=ours)
+    results = {
+        "causal_padded_attention": _differentiate(attend, inputs, grad)
+    }  # which says what does not fit
+    flex = partial(flex_attention, block_mask=textbook, enable_gqa=args.heads != args.kv_heads)
+    compiled = partial(torch.compile(flex_attention), *flex.args, **flex.keywords)
+    if not on_cuda:  # where flex_attention has no gradients
+        results["flex_attention"] = _differentiate(flex, inputs, None)
+    if on_cuda or args.compile:
+        results["compiled flex_attention"] = _differentiate(compiled, inputs, grad if on_cuda else None)
+    _say("check", "the largest error, beside that of SDPA with an explicit mask in the same precision")
+    exact, own = _references(inputs, grad, pads)
+    for way, tensors in results.items():
+        _say("", way)
+        wrong += [f"{name} of {way}" for name in _find_wrong(tensors, exact, own)]
+    if on_cuda:
+        _print_times(inputs, grad, pads, make_textbook, compiled.func)
+    else:
+        _say("speed", "run this on a CUDA GPU to see it: the CPU computes every score, padding or not")
+    if not args.no_figure:
+        _draw_mask(args.output, args.padding_side)
+    return wrong
+
+
+def _say(label, text):
+    print(f"{label:<8}{text}", flush=True)
+
+
+def _verdict(holds):
+    return "ok" if holds else "WRONG"
+
+
+def _pads(lengths, max_seq_len, padding_side, device="cpu"):
+    """(B, max_seq_len): True where a sequence of that length, padded on that side, holds padding."""
+    places, length = torch.arange(max_seq_len, device=device), torch.tensor(lengths, device=device)[:, None]
+    return places >= length if padding_side == "right" else places < max_seq_len - length
+
+
+def _differentiate(attention, inputs, grad):
+    """The output and, given its gradient, the gradients of the inputs."""
+    inputs = [x.detach().requires_grad_(grad is not None) for x in inputs]
+    output = attention(*inputs)
+    return [output] if grad is None else [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+
+
+def _references(inputs, grad, pads):
+    """The output and the gradients of SDPA with the explicit mask, in higher precision and in the same."""
+    higher, exact = torch.float64 if inputs[0].dtype == torch.float32 else torch.float32, []
+    for i in range(pads.shape[0]):  # one sequence at a time, as float64 has no kernel that saves memory
+        *row, row_grad = (x[i : i + 1].to(higher) for x in (*inputs, grad))
+        exact.append(_differentiate(lambda *x, i=i: sdpa_reference(*x, pads[i : i + 1]), row, row_grad))
+    own = _differentiate(lambda *x: sdpa_reference(*x, pads), inputs, grad)
+    return [torch.cat(parts) for parts in zip(*exact, strict=True)], own
+
+
+def _find_wrong(results, exact, own):
+    """Print the errors, and return the names of the results whose error is too large."""
+    wrong, names = [], ("output", "query gradient", "key gradient", "value gradient")
+    for name, result, truth, plain in zip(names, results, exact, own, strict=False):
+        error, own_error = ((x - truth).abs().max().item() for x in (result, plain))
+        # As FlashAttention tests: twice the error of plain PyTorch, thrice for gradients, and two roundings.
+        # And 16 roundings of float32, in which kernels compute a weight as a power of 2.
+        eps = 2 * torch.finfo(result.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        allowed = (2 if name == "output" else 3) * own_error + eps * truth.abs().max().item()
+        text = f"{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e})"
+        _say("", f"  {name:<16}{text} {_verdict(error <= allowed)}")
+        wrong += [] if error <= allowed else [name]
+    return wrong
+
+
+def _print_times(inputs, grad, pads, make_textbook, flex):
+    from torch.utils.benchmark import Timer
+
+    grouped = {"enable_gqa": inputs[0].shape[1] != inputs[1].shape[1]}
+    sdpa = lambda *x, **how: F.scaled_dot_product_attention(*x, **how, **grouped)
+    ways = {  # how to make the mask, and how to attend with it
+        "create_block_mask, flex_attention": (
+            make_textbook,
+            lambda *x, mask: flex(*x, block_mask=mask, **grouped),
+        ),
+        "causal_padded_attention": (
+            lambda: create_causal_padding_block_mask(pads),
+            lambda *x, mask: causal_padded_attention(*x, pads, block_mask=mask),
+        ),
+        "SDPA, explicit mask": (
+            lambda: _explicit_mask(pads, pads.shape[1], True)[0],
+            lambda *x, mask: sdpa(*x, attn_mask=mask),
+        ),
+    }
+    if not pads[:, 0].any():  # real tokens on the left: causality keeps them from seeing the padding
+        ways["SDPA, is_causal=True, with the padding"] = (
+            lambda: None,
+            lambda *x, mask: sdpa(*x, is_causal=True),
+        )
+    _say("times", f"{'median milliseconds':<40}forward   + backward   + making the mask")
+    for name, (make, attend) in ways.items():
+        mask, times = make(), []
+        for once, passes in ((lambda mask=mask: mask, None), (lambda mask=mask: mask, grad), (make, grad)):
+            way = lambda *x, attend=attend, once=once: attend(*x, mask=once())
+            names = {"run": _differentiate, "way": way, "inputs": inputs, "grad": passes}
+            timer = Timer("run(way, inputs, grad)", globals=names, num_threads=torch.get_num_threads())
+            times.append(timer.blocked_autorange(min_run_time=0.3).median * 1e3)
+        _say("", f"{name:<40}{times[0]:7.2f}   {times[1]:10.2f}   {times[2]:17.2f}")
+
+
+def _draw_mask(path, padding_side):
     """With attention-gym, the mask of a sequence of 8 tokens, padded to 12."""
     import contextlib
     import io
@@ -922,138 +1307,12 @@ def _draw_mask(path: Any, padding_side: str) -> None:
     from attn_gym import visualize_attention_scores
     from torch.nn.attention.flex_attention import and_masks
 
+    example = f"8 tokens, padded to 12 on the {padding_side}"
     mask_mod = and_masks(causal, create_padding_mask(_pads([8], 12, padding_side)))
-    drawn: Any = {"mask_mod": mask_mod, "device": "cpu", "name": "causal_padding_mask", "path": path}
-    with contextlib.redirect_stdout(io.StringIO()):  # only the mask of these is drawn: (B, H, S, E)
+    drawn = {"mask_mod": mask_mod, "device": "cpu", "name": f"causal padding mask: {example}", "path": path}
+    with contextlib.redirect_stdout(io.StringIO()):  # only the shape of these inputs is drawn, (B, H, S, E)
         visualize_attention_scores(torch.ones(1, 1, 12, 8), torch.ones(1, 1, 12, 8), **drawn)
-
-
-def _pads(lengths: list[int], max_seq_len: int, padding_side: str, device: str = "cpu") -> Tensor:
-    """(B, max_seq_len): True where a sequence of that length, padded on that side, holds padding."""
-    places, length = torch.arange(max_seq_len, device=device), torch.tensor(lengths, device=device)[:, None]
-    return places >= length if padding_side == "right" else places < max_seq_len - length
-
-
-def _differentiate(attention: Any, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
-    """The output and, given its gradient, the gradients of the inputs."""
-    inputs = [x.detach().requires_grad_(grad is not None) for x in inputs]
-    output = attention(*inputs)
-    return [output] if grad is None else [output, *torch.autograd.grad(output, inputs, grad)]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the demonstration; --help lists its options.
-
-    Args:
-        argv: the arguments of the command line; those of the process when None.
-
-    Returns:
-        The exit status: 0 when the checks hold, 1 when they do not, 2 for unusable arguments or no compiler,
-        130 when interrupted, 141 when nobody reads on.
-    """
-    import os
-    import sys
-
-    args = _parse(argv)
-    try:
-        return _demonstrate(args)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
-        return 141
-    except RuntimeError as error:
-        if "InvalidCxxCompiler" not in str(error):
-            raise
-        print("torch.compile found no C++ compiler: install g++, or name another in CXX", file=sys.stderr)
-        return 2
-
-
-def _demonstrate(args: Any) -> int:
-    import logging
-    import os
-    import sys
-    import time
-    import warnings
-    from functools import partial
-
-    # On the CPU, one kernel does not repay precompiling C++ headers; torch reads this when it first compiles.
-    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-    # Nothing to act on: that a CUDA toolkit is there, but no card; and a default that Triton 3.9 alone can
-    # change, of which it speaks here and where it compiles in the background.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-    from torch.nn.attention.flex_attention import and_masks, create_block_mask
-    from torch.utils.benchmark import Timer
-
-    def say(label: str, text: str) -> None:
-        print(f"{label:<12}{text}", flush=True)
-
-    on_cuda, dtype, grouped = args.device == "cuda", getattr(torch, args.dtype), args.heads != args.kv_heads
-    card = torch.cuda.get_device_name() if on_cuda else "CPU: forward only, as FlexAttention has it"
-    say("device", f"torch {torch.__version__}, {args.dtype}, {card}")
-    batch_size, length = len(args.lengths), args.max_seq_len
-    pads = _pads(args.lengths, length, args.padding_side, args.device)  # (B, S)
-    *inputs, grad = (
-        torch.randn(batch_size, heads, length, args.head_dim, device=args.device, dtype=dtype)
-        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    )
-    directions = {"forward": None} | ({"with backward": grad} if on_cuda else {})
-    padding = f"{pads.float().mean():.0%} of it padding on the {args.padding_side}"
-    heads = f"{args.heads} query and {args.kv_heads} key heads of {args.head_dim}"
-    say("batch", f"{batch_size} x {length} tokens, {padding}; {heads}")
-
-    mask_mod = and_masks(causal, create_padding_mask(pads))
-    block_mask: Any = create_block_mask(mask_mod, batch_size, None, length, length, device=args.device)
-    closed: Any = create_causal_padding_block_mask(pads)
-    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
-    same = all(torch.equal(getattr(closed, name), getattr(block_mask, name)) for name in names)
-    wrong = [] if same else ["block masks"]
-    full, partly = closed.full_kv_num_blocks.sum(), closed.kv_num_blocks.sum()
-    skipped = closed.kv_indices.numel() - full - partly
-    say("block mask", f"tiles of 128 x 128: {full} full, {partly} partial, {skipped} skipped")
-
-    say("compile", f"flex_attention, {' and '.join(directions)} ...")
-    options = _kernel_options(inputs[0], inputs[1], inputs[2], block_mask)
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    flex = partial(compiled, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
-    start, (*_, passes) = time.perf_counter(), directions.values()
-    results = [x.cpu() for x in _differentiate(flex, inputs, passes)]
-    say("", f"{time.perf_counter() - start:.1f} s")
-
-    say("check", "largest error against SDPA in higher precision, SDPA's own, and the bound:")
-    higher = torch.float64 if dtype == torch.float32 else torch.float32
-    wide = [x.to(higher).split(1) for x in (*inputs, grad)]
-    exact = [  # one sequence at a time, since float64 has no kernel that saves memory
-        _differentiate(partial(sdpa_reference, pads=pad), row, row_grad if on_cuda else None)
-        for *row, row_grad, pad in zip(*wide, pads.split(1), strict=True)
-    ]
-    plain = _differentiate(partial(sdpa_reference, pads=pads), inputs, passes)
-    quantities = ("output", "query gradient", "key gradient", "value gradient")
-    for name, ours, own, *truth in zip(quantities, results, plain, *exact, strict=False):
-        error, own_error = ((x.cpu() - torch.cat(truth).cpu()).abs().max().item() for x in (ours, own))
-        # FlashAttention's habit: twice plain PyTorch's error, thrice for gradients, and two roundings. And 16
-        # of float32, in which a weight is 2 to the power of a difference of numbers of up to 10 or 20.
-        rounding = (2 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * own.abs().max().item()
-        bound = (2 if name == "output" else 3) * own_error + rounding
-        say("", f"{name:<16}{error:.1e}   {own_error:.1e}   {bound:.1e}")
-        wrong += [] if error <= bound else [name]
-
-    say("time", "median ms, masks made before, nothing zeroed: flex, and SDPA with the explicit mask")
-    mask, _ = _explicit_mask(pads, length, True)
-    sdpa = partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=grouped)
-    for name, passes in directions.items():
-        timed = [{"run": partial(_differentiate, way, inputs, passes)} for way in (flex, sdpa)]
-        timers = [Timer("run()", globals=x, num_threads=torch.get_num_threads()) for x in timed]
-        ours_ms, own_ms = (timer.blocked_autorange(min_run_time=0.3).median * 1e3 for timer in timers)
-        say("", f"{name:<16}{ours_ms:.2f}   {own_ms:.2f}   {own_ms / ours_ms:.1f} x")
-    if not args.no_figure:
-        _draw_mask(args.output, args.padding_side)
-        say("figure", f"{args.output}: the mask of 8 tokens, padded to 12 on the {args.padding_side}")
-    if wrong:
-        print(f"FlexAttention and what it was checked against differ: {', '.join(wrong)}", file=sys.stderr)
-    return int(bool(wrong))
+    _say("figure", f"{path} shows the mask of a small example: {example}")
 
 
 if __name__ == "__main__":

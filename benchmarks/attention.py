@@ -31,8 +31,8 @@ def block_mask_of(batch: Batch):
 
 
 def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False) -> Attention:
-    obstacle = cpf._flash_obstacle(*batch.inputs, None, False) if backend == "flash" else None
-    require(obstacle is None, f"needs {obstacle}")
+    usable = backend != "flash" or cpf._can_use_flash(*batch.inputs, None, False)
+    require(usable, "needs flash-attn-4, Hopper, half precision, heads of at most 128")
     block_mask = block_mask_of(batch)
     if dynamic:
         require(batch.device == "cuda", "needs CUDA")
@@ -166,7 +166,7 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
     attention = make(batch)
     if packs:
         inner = attention
-        attention = lambda *inputs: batch.unpack(inner(*map(batch.pack, inputs)))  # noqa: E731
+        attention = lambda *inputs: batch.unpack(inner(*map(batch.pack, inputs)))
     inputs = [batch.pack(x) if packed else x for x in batch.inputs]
     grad = batch.pack(batch.grad_output) if packed else batch.grad_output
     results = common.differentiate(attention, inputs, grad)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from causal_padded_flexattn import _HAS_FLASH, _compiled_flex_attention
+from causal_padded_flexattn import _HAS_FLASH, _compile
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -85,7 +85,7 @@ def synchronize(device: str) -> None:
 def compile_afresh() -> None:
     """So that the next shape is compiled in, as in a model that keeps to one, and not any shape."""
     torch._dynamo.reset()
-    _compiled_flex_attention.cache_clear()
+    _compile.cache_clear()
 
 
 def differentiate(attention: Callable[..., Any], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

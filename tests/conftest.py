@@ -49,6 +49,9 @@ def explicit_mask(
     window: int | None = None,
     documents: Tensor | None = None,
     query_pads: Tensor | None = None,
+    spans: Tensor | None = None,
+    until: Tensor | None = None,
+    padding_side: str | None = None,  # which changes nothing
 ) -> Tensor:
     """(B, L, S): True where query q_offset + i may see key j; the last L positions by default."""
     kv_len = pads.shape[1]
@@ -58,14 +61,17 @@ def explicit_mask(
     q_offset = kv_len - q_len if q_offset is None else q_offset
     rows = torch.arange(q_offset, q_offset + q_len, device=pads.device)
     distance = rows[:, None] - torch.arange(kv_len, device=pads.device)
-    seen = ~pads[:, rows][:, :, None] & ~pads[:, None, :]
-    if causal:
-        seen &= distance >= 0
+    reached = (distance >= 0) | torch.tensor(not causal, device=pads.device)
     if window is not None:
-        seen &= distance.abs() < window
+        reached = reached & (distance.abs() < window)
+    seen = ~pads[:, rows][:, :, None] & ~pads[:, None, :]
+    if spans is not None:
+        reached = reached | (spans[:, rows][:, :, None] == spans[:, None, :])
     if documents is not None:
         seen &= documents[:, rows][:, :, None] == documents[:, None, :]
-    return seen
+    if until is not None:
+        seen &= rows[:, None] <= until[:, None, :]
+    return seen & reached
 
 
 def written_out(

@@ -47,8 +47,10 @@ def textbook(mask: Tensor, block_size: int | tuple[int, int] = 128) -> BlockMask
 
 
 @st.composite
-def rows_of_padding(draw, length: int) -> list[bool]:
-    kind = draw(st.sampled_from(["right", "left", "empty", "none", "bits", "runs"]))
+def rows_of_padding(
+    draw, length: int, kinds=("right", "left", "empty", "none", "bits", "runs")
+) -> list[bool]:
+    kind = draw(st.sampled_from(kinds))
     edge = draw(st.integers(0, length))
     if kind == "right":
         return [i >= edge for i in range(length)]
@@ -63,9 +65,9 @@ def rows_of_padding(draw, length: int) -> list[bool]:
 
 
 @st.composite
-def documents_of(draw, row: list[bool]) -> list[int]:
+def numbers_of(draw, row: list[bool], most: int = 8) -> list[int]:
     """Numbers that never fall along the real tokens, and any at all where padding is."""
-    begins = sorted(draw(st.lists(st.integers(0, len(row)), max_size=8)))
+    begins = sorted(draw(st.lists(st.integers(0, len(row)), max_size=most)))
     step, noise = draw(st.integers(1, 50)), draw(st.sampled_from([[0], [-100, 100], [7, -(2**40), 3]]))
     return [
         noise[i % len(noise)] if pad else step * sum(cut <= i for cut in begins) - 60
@@ -74,14 +76,45 @@ def documents_of(draw, row: list[bool]) -> list[int]:
 
 
 @st.composite
+def spans_of(draw, row: list[bool]) -> list[int]:
+    """A prefix, images, chunks, or any numbers that do not fall."""
+    kind, size = draw(st.sampled_from(["any", "prefix", "images", "chunks"])), draw(st.integers(1, 150))
+    if kind == "any":
+        return draw(numbers_of(row, 40))
+    if kind == "prefix":
+        return [max(i, size - 1) for i in range(len(row))]
+    if kind == "chunks":
+        return [i // size for i in range(len(row))]
+    return [i // size * size if i // size % 2 else i for i in range(len(row))]
+
+
+@st.composite
+def until_of(draw, length: int) -> list[int]:
+    """At least the own place of each key; often to the end of one of nested branches."""
+    ends = [*sorted(draw(st.lists(st.integers(0, length), max_size=12))), length - 1]
+    kind = draw(st.sampled_from(["branches", "near", "far", "mixed"]))
+    branch = [next(end for end in ends if end >= i) for i in range(length)]
+    far = draw(st.sampled_from([length - 1, length, 2**31, 2**62]))
+    steps = draw(st.lists(st.integers(0, 300), min_size=1, max_size=50))
+    near = [i + steps[i % len(steps)] for i in range(length)]
+    return {
+        "branches": branch,
+        "near": near,
+        "far": [far] * length,
+        "mixed": [(x, y, far)[i // 7 % 3] for i, (x, y) in enumerate(zip(branch, near, strict=True))],
+    }[kind]
+
+
+@st.composite
 def problems(draw):
     """pads, and what else the block mask is made of."""
     batch_size, kv_len = draw(st.integers(1, 4)), draw(st.integers(1, 700))
-    rows = [draw(rows_of_padding(kv_len)) for _ in range(batch_size)]
+    side = draw(st.sampled_from([None, None, "right", "left"]))
+    rows = [draw(rows_of_padding(kv_len, *([(side,)] if side else []))) for _ in range(batch_size)]
     pads = torch.tensor(rows)
     if draw(st.booleans()):  # a view of wider rows
         pads = torch.nn.functional.pad(pads, (1, 2), value=True)[:, 1:-2]
-    causal = draw(st.booleans())
+    causal = draw(st.sampled_from([True, True, False]))
     if not causal and draw(st.integers(0, 3)) == 0:
         q_len = draw(st.integers(1, 500))
         query_pads = torch.tensor([draw(rows_of_padding(q_len)) for _ in range(batch_size)])
@@ -91,8 +124,48 @@ def problems(draw):
     window = st.one_of(st.integers(1, 5), st.integers(1, kv_len + 200), st.just(2**40))
     problem["window"] = draw(st.one_of(st.none(), window))
     if draw(st.booleans()):
-        problem["documents"] = torch.tensor([draw(documents_of(row)) for row in rows])
-    return pads, problem
+        problem["documents"] = torch.tensor([draw(numbers_of(row)) for row in rows])
+    if causal and draw(st.booleans()):
+        problem["spans"] = torch.tensor([draw(spans_of(row)) for row in rows])
+    if causal and draw(st.booleans()):
+        problem["until"] = torch.tensor([draw(until_of(kv_len)) for _ in rows])
+    return pads, problem | ({"padding_side": side} if side else {})
+
+
+def may_list_more(seen: dict) -> bool:
+    """Beside a window, and where it reaches past its document, `until` may list a tile without a pair."""
+    return "until" in seen and (seen["window"] is not None or "documents" in seen)
+
+
+def assert_right(ours: BlockMask, pads: Tensor, seen: dict, block_size) -> None:
+    """The tiles of create_block_mask, and the mask itself at every pair."""
+    expected = explicit_mask(pads, **seen)
+    theirs = textbook(expected, block_size)
+    if ours.full_kv_num_blocks is None:
+        assert ours.q_num_blocks is ours.full_q_num_blocks is None
+        assert ours.kv_num_blocks.shape == theirs.kv_num_blocks.shape
+        assert ours.kv_num_blocks.is_contiguous() and ours.kv_indices.is_contiguous()
+    if may_list_more(seen):
+        assert (ours.to_dense() >= theirs.to_dense()).all()
+        if ours.full_kv_num_blocks is not None:
+            for name in ("full_kv_num_blocks", "full_q_num_blocks"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    elif ours.full_kv_num_blocks is None:
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+    else:
+        assert_same_block_mask(ours, theirs)
+    mask = create_mask(ours.mask_mod, pads.shape[0], 1, *expected.shape[1:], pads.device)
+    assert torch.equal(mask[:, 0], expected)
+
+
+def place(problem, device: str, as_tensor: bool) -> tuple[Tensor, dict, dict]:
+    """pads, what a query sees, and that as the function is given it."""
+    pads, seen = problem
+    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
+    given_ = dict(seen)
+    if as_tensor and "q_offset" in seen:
+        given_["q_offset"] = torch.tensor(seen["q_offset"], device=device)
+    return pads, seen, given_
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -103,18 +176,10 @@ def problems(draw):
     block_size=st.sampled_from([64, 128, (64, 128), (256, 128), (128, 32)]),
 )
 def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_size) -> None:
-    pads, seen = problem
-    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
-    given_ = seen | (
-        {"q_offset": torch.tensor(seen["q_offset"], device=device)}
-        if as_tensor and "q_offset" in seen
-        else {}
+    pads, seen, given_ = place(problem, device, as_tensor)
+    assert_right(
+        create_causal_padding_block_mask(pads, BLOCK_SIZE=block_size, **given_), pads, seen, block_size
     )
-    ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=block_size, **given_)
-    expected = explicit_mask(pads, **seen)
-    assert_same_block_mask(ours, textbook(expected, block_size))
-    mask = create_mask(ours.mask_mod, pads.shape[0], 1, *expected.shape[1:], device)
-    assert torch.equal(mask[:, 0], expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -130,22 +195,11 @@ def test_few_queries_without_gradients_have_one_list(
     else:
         q_len = min(q_len, pads.shape[1])
         seen |= {"q_len": q_len, "q_offset": min(seen["q_offset"], pads.shape[1] - q_len)}
-    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
-    given_ = dict(seen)
-    if as_tensor and "q_offset" in seen:
-        given_["q_offset"] = torch.tensor(seen["q_offset"], device=device)
+    pads, seen, given_ = place((pads, seen), device, as_tensor)
     with torch.no_grad():
         ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=(16, block), **given_)
-    expected = explicit_mask(pads, **seen)
-    theirs = textbook(expected, (16, block))
-    if q_len > 16:
-        return assert_same_block_mask(ours, theirs)
-    assert ours.full_kv_num_blocks is ours.q_num_blocks is ours.full_q_num_blocks is None
-    assert ours.kv_num_blocks.shape == theirs.kv_num_blocks.shape
-    assert ours.kv_num_blocks.is_contiguous() and ours.kv_indices.is_contiguous()
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
-    mask = create_mask(ours.mask_mod, pads.shape[0], 1, *expected.shape[1:], device)
-    assert torch.equal(mask[:, 0], expected)
+    assert (ours.full_kv_num_blocks is None) == (q_len <= 16)
+    assert_right(ours, pads, seen, (16, block))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,20 +238,24 @@ def test_defaults(device: str) -> None:
     last = textbook(explicit_mask(pads, 40, 260))
     assert_same_block_mask(create_causal_padding_block_mask(pads, 40), last)
     assert_same_block_mask(create_causal_padding_block_mask(pads, q_offset=260), last)
+    both_ways = textbook(explicit_mask(pads, 40, 260, causal=False))
+    assert_same_block_mask(create_causal_padding_block_mask(pads, 40, causal=False), both_ways)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("q_len", [700, 100])
-def test_the_operator_that_hides_the_lists_from_the_compiler(device: str, q_len: int) -> None:
-    ends = torch.randint(0, 700, (2, 3, 1, 12, 1), device=device, dtype=torch.int32).sort(0).values
-    queries, keys = ends[:, :, :, : -(-q_len // 128)].flip(0), ends[:, :, :, 6:]
-    numbers, operators = torch.arange(1, 7, dtype=torch.int8, device=device), torch.ops.causal_padded
-    for rows, columns in (([queries], [keys]), ([queries, queries.flip(0)], [keys, keys.flip(0)])):
-        torch.library.opcheck(operators._list_tiles.default, (rows, columns, numbers, False))
-        torch.library.opcheck(operators._list_tiles.default, (columns, rows, numbers, True))
-    torch.library.opcheck(
-        operators._fill.default, (torch.zeros(3, q_len, dtype=torch.int32, device=device), 28, -1)
-    )
+@pytest.mark.parametrize(("q_len", "decodes"), [(700, False), (384, False), (7, False), (7, True), (1, True)])
+def test_the_operator_that_hides_the_tiles_from_the_compiler(device: str, q_len: int, decodes: bool) -> None:
+    pads = torch.rand(2, 700, device=device) < 0.3
+    last = torch.arange(700 - q_len, 700, device=device, dtype=torch.int32)
+    until = torch.full((2, 700), 650, device=device)
+    for first, some_until in (
+        (None, None),
+        (last.expand(2, -1) - 50, None),
+        (last - 50, until),
+        (None, until),
+    ):
+        arguments = (first, last, some_until, last, pads, pads[:, -q_len:], 128, 64, decodes)
+        torch.library.opcheck(torch.ops.causal_padded.find_tiles.default, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -235,14 +293,110 @@ def test_rows_past_the_queries_may_be_asked_for() -> None:
     assert torch.equal(mask[:, 0, :10], explicit_mask(pads, 10))
 
 
-@pytest.mark.parametrize("more", [{}, {"window": 5}, {"documents": torch.zeros(1, 300, dtype=torch.int64)}])
-def test_what_the_mask_mod_captures(more: dict) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_token_of_a_prefix_sees_what_follows_it(device: str) -> None:
+    """Prefixes of n tokens as the docstring writes them, padded on either side."""
+    n, places = torch.tensor([130, 1, 77, 200], device=device), torch.arange(300, device=device)
+    lengths = torch.tensor([[300], [200], [78], [200]], device=device)
+    for side in ("right", "left"):
+        pads = places >= lengths if side == "right" else places < 300 - lengths
+        left = pads.sum(1) if side == "left" else 0 * n
+        spans = places.clamp(min=(left + n)[:, None] - 1)
+        block_mask = create_causal_padding_block_mask(pads, spans=spans)
+        mask = create_mask(block_mask.mask_mod, 4, 1, 300, 300, device)[:, 0]
+        for row, start, length, sees in zip(
+            lengths.flatten().tolist(), left.tolist(), n.tolist(), mask, strict=True
+        ):
+            prefix = slice(start, start + length)
+            assert sees[prefix, prefix].all()
+            assert not sees[prefix, start + length :].any()
+            rest = sees[start + length : start + row, start : start + row]
+            assert torch.equal(rest, torch.ones_like(rest).tril(length))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_and_chunks_as_the_docstring_writes_them(device: str) -> None:
+    image = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1]], device=device).bool()
+    begins = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
+    spans = (~image | begins).cumsum(1)
+    pads = torch.zeros_like(image)
+    mask = create_mask(create_causal_padding_block_mask(pads, spans=spans).mask_mod, 1, 1, 10, 10, device)[
+        0, 0
+    ]
+    expected = torch.ones_like(mask).tril()
+    for a, b in ((1, 3), (5, 8), (9, 10)):
+        expected[a:b, a:b] = True
+    assert torch.equal(mask, expected)
+    pads[:, :3] = True
+    chunks = (torch.arange(10, device=device) - 3)[None] // 4
+    mask = create_mask(create_causal_padding_block_mask(pads, spans=chunks).mask_mod, 1, 1, 10, 10, device)[
+        0, 0
+    ]
+    expected = torch.ones_like(mask).tril()
+    for a, b in ((3, 7), (7, 10)):
+        expected[a:b, a:b] = True
+    expected[:3], expected[:, :3] = False, False
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers_behind_one_prompt(device: str) -> None:
+    """Prompt 0 1 2; answers 3 4, 5 6 7 and 8: each sees the prompt and itself."""
+    until = torch.tensor([[2**60, 8, 9, 4, 4, 7, 7, 7, 8]], device=device)
+    pads = torch.zeros(1, 9, dtype=torch.bool, device=device)
+    mask = create_mask(create_causal_padding_block_mask(pads, until=until).mask_mod, 1, 1, 9, 9, device)[0, 0]
+    expected = torch.zeros_like(mask)
+    expected[:, :3] = True
+    for a, b in ((3, 5), (5, 8), (8, 9)):
+        expected[a:b, a:b] = True
+    assert torch.equal(mask, expected.tril())
+
+
+ONE_GROUP = torch.zeros(1, 300, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("more", "looks_up"),
+    [
+        ({}, ["last", "pads"]),
+        ({"window": 5}, ["last", "begin", "pads"]),
+        ({"documents": ONE_GROUP}, ["last", "begin", "pads"]),
+        ({"spans": ONE_GROUP}, ["last", "pads"]),
+        ({"until": ONE_GROUP + 300}, ["last", "last_query"]),
+        ({"padding_side": "right"}, ["end"]),
+        ({"padding_side": "left"}, ["begin"]),
+        ({"padding_side": "right", "window": 5}, ["end", "reach"]),
+        ({"padding_side": "right", "documents": ONE_GROUP}, ["last", "begin"]),
+        ({"padding_side": "left", "spans": ONE_GROUP}, ["last", "begin"]),
+    ],
+    ids=lambda x: " ".join(x),
+)
+def test_what_the_mask_mod_looks_up(more: dict, looks_up: list[str]) -> None:
     """No int, which would be compiled in, for every decoding step again; and no more than the case needs."""
+
+    def captured_by(function) -> dict:
+        found = {}
+        for name, x in inspect.getclosurevars(function).nonlocals.items():
+            for y in x if isinstance(x, list) else [x]:
+                found |= captured_by(y) if callable(y) and not isinstance(y, Tensor) else {name: y}
+        return found
+
     pads = torch.zeros(1, 300, dtype=torch.bool)
-    mask_mod = create_causal_padding_block_mask(pads, 1, q_offset=7, **more).mask_mod
-    captured = inspect.getclosurevars(mask_mod).nonlocals
-    assert all(isinstance(x, Tensor) and x.dim() == 2 for x in captured.values())
-    assert captured.keys() == {"pads", "last"} | ({"first"} if more else set())
+    found = captured_by(create_causal_padding_block_mask(pads, **more).mask_mod)
+    assert all(isinstance(x, Tensor) and x.dim() == (1 if x.shape == (1,) else 2) for x in found.values())
+    assert found.keys() == {*looks_up}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_mask_knows_which_queries_are_padding(device: str) -> None:
+    pads = torch.rand(2, 300, device=device) < 0.3
+    for q_len, offset in ((300, 0), (40, 260), (40, 7)):
+        mask_mod = create_causal_padding_block_mask(pads, q_len, q_offset=offset).mask_mod
+        assert torch.equal(mask_mod.query_pads, pads[:, offset : offset + q_len])
+        moved = create_causal_padding_block_mask(pads, q_len, q_offset=offset).to(device).mask_mod
+        assert torch.equal(moved.query_pads, mask_mod.query_pads)
+    across = create_causal_padding_block_mask(pads, causal=False, query_pads=pads[:, :50])
+    assert torch.equal(across.mask_mod.query_pads, pads[:, :50])
 
 
 @pytest.mark.cuda
@@ -257,6 +411,8 @@ def test_it_does_not_wait_for_the_device() -> None:
         create_causal_padding_block_mask(pads, 1, q_offset=offset)
         for is_causal in (True, False):
             create_causal_padding_block_mask(pads, causal=is_causal, window=100, documents=pads.int())
+            create_causal_padding_block_mask(pads, causal=is_causal, window=100, padding_side="right")
+        create_causal_padding_block_mask(pads, spans=pads.int(), until=pads.long() + 300)
         create_causal_padding_block_mask(pads, causal=False, query_pads=pads[:, :50])
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -264,12 +420,15 @@ def test_it_does_not_wait_for_the_device() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("batch_size", "kv_len", "mib"), [(8, 32768, 20), (8, 131072, 220)])
-@pytest.mark.parametrize("more", [{}, {"window": 1000}])
+@pytest.mark.parametrize("more", [{}, {"window": 1000}, {"spans": True, "until": True}])
 def test_memory(batch_size: int, kv_len: int, mib: int, more: dict) -> None:
     pads = (
         torch.arange(kv_len, device="cuda")
         >= torch.linspace(kv_len // 4, kv_len, batch_size, device="cuda")[:, None]
     )
+    if "spans" in more:  # and six tensors of eight bytes a token
+        numbers = torch.arange(kv_len, device="cuda").expand(batch_size, -1)
+        more, mib = {"spans": numbers // 100, "until": numbers + 1000}, mib + 6 * 8 * pads.numel() // 2**20
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     create_causal_padding_block_mask(pads, **more)
@@ -277,15 +436,28 @@ def test_memory(batch_size: int, kv_len: int, mib: int, more: dict) -> None:
 
 
 PADS = torch.zeros(2, 100, dtype=torch.bool)
+PLACES = torch.arange(100).expand(2, -1)
+FALLING = PLACES % 60  # as position_ids that restart
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"pads": PADS.int()}, TypeError, r"pads must be torch.bool.*attention_mask == 0"),
-        ({"pads": None}, TypeError, "pads must be a plain tensor"),
-        ({"pads": PADS[0]}, ValueError, r"pads must be \(B, S\).*got pads \(100, "),
-        ({"pads": PADS[:, :0]}, ValueError, r"pads must be.*not 0.*\(2, 0, "),
+        ({"pads": PADS.int()}, TypeError, r"pads must be a torch.bool tensor.*attention_mask == 0"),
+        ({"pads": None}, TypeError, "pads must be a torch.bool tensor.*got pads None"),
+        (
+            {"pads": [5, 3]},
+            TypeError,
+            r"torch.arange\(S\) >= lengths\[:, None\] for lengths; got pads \[5, 3\]",
+        ),
+        (
+            {"pads": torch.tensor([5, 3])},
+            TypeError,
+            r">= lengths\[:, None\] for lengths; got pads \(2,\) torch.int64",
+        ),
+        ({"pads": PADS.float()}, TypeError, "additive_mask < 0 for one that is added to scores.*float32"),
+        ({"pads": PADS[0]}, ValueError, r"pads must be of shape \(B, S\).*got pads \(100,\) "),
+        ({"pads": PADS[:, :0]}, ValueError, r"pads must be.*no dimension may be empty.*\(2, 0\) "),
         ({"q_len": 0}, ValueError, "among the keys.*q_len 0"),
         ({"q_len": -1}, ValueError, "among the keys.*q_len -1"),
         ({"q_len": 101}, ValueError, "among the keys.*q_len 101"),
@@ -293,47 +465,88 @@ PADS = torch.zeros(2, 100, dtype=torch.bool)
         ({"q_offset": 100}, ValueError, "among the keys.*q_offset 100"),
         ({"q_len": 10, "q_offset": 91}, ValueError, "among the keys.*q_len 10, q_offset 91"),
         ({"q_offset": torch.tensor(5)}, ValueError, "q_len must be given beside a tensor q_offset"),
-        (
-            {"q_len": 10, "q_offset": torch.zeros(2, dtype=int)},
-            TypeError,
-            "q_offset must be an int or a 0-d integer",
+        *(
+            (
+                {"q_len": 10, "q_offset": offset},
+                TypeError,
+                f"q_offset must be an int, or a 0-d tensor.*{shown}",
+            )
+            for offset, shown in (
+                (torch.zeros(2, dtype=int), r"\(2,\)"),
+                (torch.tensor(1.0), "float32"),
+                (torch.tensor(1, dtype=torch.int8), "int8"),
+                (torch.tensor(1, device="meta"), "meta"),
+            )
         ),
+        ({"q_offset": 4.0}, TypeError, "q_offset must be an int or a 0-d integer tensor.*4.0"),
+        ({"q_len": 4.0}, TypeError, "q_len must be an int; got q_len 4.0"),
+        ({"causal": "no"}, TypeError, "causal must be True or False; got causal 'no'"),
         (
-            {"q_len": 10, "q_offset": torch.tensor(1.0)},
-            TypeError,
-            r"a 0-d integer tensor beside pads.*float32",
-        ),
-        (
-            {"q_len": 10, "q_offset": torch.tensor(1, device="meta")},
-            TypeError,
-            "a 0-d integer tensor beside pads.*meta",
-        ),
-        (
-            {"q_len": 10, "causal": False},
+            {"BLOCK_SIZE": 0},
             ValueError,
-            "without causality, q_offset or query_pads must say.*q_len 10",
+            r"BLOCK_SIZE must be an int of at least 1, .*; got BLOCK_SIZE \(0, 0\)",
         ),
-        ({"BLOCK_SIZE": 0}, ValueError, "BLOCK_SIZE must be at least 1; got BLOCK_SIZE 0"),
-        ({"BLOCK_SIZE": (128, -1)}, ValueError, r"BLOCK_SIZE must be at least 1; got BLOCK_SIZE \(128, -1\)"),
+        ({"BLOCK_SIZE": (128, -1)}, ValueError, r"BLOCK_SIZE must be.*got BLOCK_SIZE \(128, -1\)"),
+        ({"BLOCK_SIZE": [128, 128]}, ValueError, "BLOCK_SIZE must be.*a tuple of two"),
         ({"window": 0}, ValueError, "window must be at least 1.*got window 0"),
         ({"window": -3}, ValueError, "window must be at least 1.*got window -3"),
         ({"window": 2.0}, TypeError, "window must be an int.*got window 2.0"),
         ({"window": True}, TypeError, "window must be an int.*got window True"),
-        ({"documents": PADS}, TypeError, "documents must be integers.*torch.bool"),
-        ({"documents": PADS.float()}, TypeError, "documents must be integers.*torch.float32"),
-        ({"documents": [0] * 100}, TypeError, "documents must be a plain tensor.*list"),
-        ({"documents": PADS.int()[:, 1:]}, ValueError, r"documents must be \(B, S\).*documents \(2, 99, "),
+        ({"documents": PADS}, TypeError, "documents must be a tensor of integers.*torch.bool"),
+        ({"documents": PADS.float()}, TypeError, "documents must be a tensor of integers.*torch.float32"),
+        ({"documents": [0] * 100}, TypeError, r"documents must be a tensor of integers.*\[0, 0"),
+        (
+            {"documents": PADS.int()[:, 1:]},
+            ValueError,
+            r"documents must be of shape \(B, S\).*documents \(2, 99\) ",
+        ),
         ({"documents": PADS.int().to("meta")}, ValueError, "documents must be on the device of pads.*meta"),
-        ({"query_pads": PADS.int(), "causal": False}, TypeError, "query_pads must be torch.bool.*int32"),
-        ({"query_pads": PADS[:1], "causal": False}, ValueError, r"query_pads must be \(B, L\).*\(1, 100, "),
-        ({"query_pads": PADS}, ValueError, "other tokens than keys: only causal=False.*causal True"),
+        (
+            {"query_pads": PADS.int(), "causal": False},
+            TypeError,
+            "query_pads must be a torch.bool tensor.*int32",
+        ),
+        (
+            {"query_pads": PADS[:1], "causal": False},
+            ValueError,
+            r"query_pads must be of shape \(B, L\).*\(1, 100\) ",
+        ),
+        ({"query_pads": PADS}, ValueError, "other tokens than the keys: it needs causal=False.*causal True"),
         *(
             (
                 {"query_pads": PADS, "causal": False, **more},
                 ValueError,
-                "query_pads is of other tokens than keys",
+                "query_pads is for queries that are other tokens than the keys",
             )
-            for more in ({"window": 3}, {"documents": PADS.int()}, {"q_offset": 0}, {"q_len": 3})
+            for more in (
+                {"window": 3},
+                {"documents": PADS.int()},
+                {"q_offset": 0},
+                {"q_len": 3},
+                {"padding_side": "right"},
+            )
+        ),
+        (
+            {"documents": (PADS.int() + 3).to(torch.uint16)},
+            TypeError,
+            "documents must be a tensor of integers.*uint16",
+        ),
+        *(
+            ({name: FALLING}, ValueError, rf"{name} must never fall.*write \(position_ids == 0\).cumsum\(1\)")
+            for name in ("documents", "spans")
+        ),
+        ({"until": PLACES - 1}, ValueError, "until must be at least the key's own place"),
+        ({"until": PLACES.float()}, TypeError, "until must be a tensor of integers"),
+        ({"spans": PLACES, "causal": False}, ValueError, "spans and until need causal=True; got spans"),
+        ({"until": PLACES, "causal": False}, ValueError, "spans and until need causal=True; got until"),
+        ({"padding_side": "both"}, ValueError, 'padding_side must be "right", "left" or None; got .*both'),
+        *(
+            (
+                {"padding_side": side, "pads": pads},
+                ValueError,
+                f"all padding stands on the {side}, and some does not",
+            )
+            for side, pads in (("right", PLACES < 3), ("left", PLACES > 3), ("left", PLACES == 3))
         ),
     ],
 )

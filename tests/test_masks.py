@@ -47,11 +47,11 @@ def test_each_sequence_has_its_own_padding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_pads_must_be_bool(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"pads must be torch.bool.*attention_mask == 0.*{dtype}"):
+    with pytest.raises(TypeError, match=f"pads must be a torch.bool tensor.*attention_mask == 0.*{dtype}"):
         create_padding_mask(torch.zeros(2, 4, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 1, 4), (0, 4), (2, 0)])
 def test_pads_must_be_two_dimensional_and_not_empty(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"pads must be \(B, S\), not 0"):
+    with pytest.raises(ValueError, match=r"pads must be of shape \(B, S\).*no dimension may be empty"):
         create_padding_mask(torch.zeros(shape, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Parts 1 to 3 of the file are one piece to paste, which needs torch alone."""
+"""Parts 1 to 3 of the file are one piece to paste, and parts 1 and 2; they need torch alone."""
 
 import subprocess
 import sys
@@ -19,6 +19,28 @@ for attention in (model, torch.compile(model, fullgraph=True)):
     assert output[1, :, 70:].count_nonzero() == 0 and output[1, :, :70].isfinite().all()
     print(*(round(x.norm().item(), 2) for x in (output, *gradients)))
 """
+
+
+MASK = """
+import sys
+for package in ("attn_gym", "matplotlib", "transformers"):
+    assert package not in sys.modules
+pads = torch.arange(200) >= torch.tensor([[200], [70]])
+block_mask = create_causal_padding_block_mask(pads, window=50)
+print(*block_mask.kv_num_blocks.flatten().tolist())
+"""
+
+
+def test_parts_1_and_2_alone(tmp_path: Path) -> None:
+    piece, marker, _ = FILE.read_text().partition("# ---- 3. ")
+    assert marker
+    pasted = tmp_path / "pasted.py"
+    pasted.write_text(piece + MASK)
+    done = subprocess.run(
+        [sys.executable, str(pasted)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 2 1 0\n"
 
 
 def test_parts_1_to_3_alone(tmp_path: Path) -> None:

@@ -34,16 +34,18 @@ def test_each_block_runs_alone_and_after_the_others(
             exec(compile(block, "README.md", "exec"), some)
             shown.append(capsys.readouterr().out)
             outputs.append(some.pop("output", None))
-        textbook, training, window, decoding, model, parallel = shown
-        for output, heads in ((outputs[0], 4), (outputs[2], 8)):
+        textbook, training, window, tree, decoding, model, parallel = shown
+        for output, heads in ((outputs[0], 4), (outputs[2], 8), (outputs[3], 8)):
             assert output.shape == (2, heads, 300, 64)
             assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
         assert outputs[1].shape == (2, 300, 64)
-        assert outputs[3].shape == (2, 8, 1, 64) and outputs[3].isfinite().all() and outputs[3].any()
+        assert outputs[4].shape == (2, 8, 1, 64) and outputs[4].isfinite().all() and outputs[4].any()
         assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
         gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
         assert all(gradients[:2]) and gradients[2:] == [0, 0]
         assert re.search(r"\d, +\d.*-inf, +-inf\]", window)
+        differences = [float(x) for x in re.findall(r"\d+\.\d*(?:e-?\d+)?", tree)]
+        assert differences[0] > 0.01 and differences[1] < 1e-5 and differences[2] < 1e-5
         assert "tensor([9, 6]" in decoding
         assert torch.tensor(eval(model, {"tensor": list})).shape == (2, 7)
         assert parallel == "torch.Size([2, 8, 300, 64])\n"
@@ -84,12 +86,6 @@ def test_the_recipe_of_cudnn() -> None:
     exec(compile(re.search(r"^```py\n(.*?)^```", README, re.M | re.S).group(1), "README.md", "exec"), names)
     expected = causal_padded_flexattn.sdpa_reference(*inputs, pads)
     torch.testing.assert_close(names["output"], expected, rtol=2e-2, atol=2e-2)
-
-
-def test_the_link_to_what_to_paste() -> None:
-    lines = (ROOT / "causal_padded_flexattn.py").read_text().splitlines()
-    end = int(re.search(r"causal_padded_flexattn.py#L1-L(\d+)", README).group(1))
-    assert lines[end].startswith("# ---- all above is one piece to paste")
 
 
 def test_the_tables_are_those_of_a_run() -> None:
