@@ -18,6 +18,7 @@ head size of value.
 
 import importlib.metadata
 import inspect
+import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,6 +37,7 @@ _DECODES = 16  # at most so many queries are computed by the kernel for decoding
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
 _KINDS = 64  # compiled kernels; torch's own limit is 8
+_TILES_SHRINK = torch.__version__ >= "2.14"  # backward, to what divides the blocks of the mask
 
 # ---- 1. What may attend to what ---------------------------------------------------------------------------
 
@@ -367,6 +369,7 @@ def _(first, last, until, queries, pads, query_pads, q_block, kv_block, decodes)
 def _check_mask_options(pads, q_len, q_offset, options, blocks):
     """The number of queries and the place of the first one, if the options fit."""
     causal, window, documents, spans, until, query_pads, padding_side = options
+    _require(not torch.jit.is_tracing(), "torch.jit.trace is not supported: use torch.export", TypeError)
     tensors = {"documents": documents, "spans": spans, "until": until, "query_pads": query_pads}
     _check_tensors(pads=pads, **{name: x for name, x in tensors.items() if x is not None})
     q_block, kv_block = blocks if len(blocks) == 2 else (0, 0)
@@ -401,34 +404,33 @@ def _check_mask_options(pads, q_len, q_offset, options, blocks):
         q_offset = kv_len - q_len if q_offset is None else q_offset
         fits = 0 <= q_offset < q_offset + q_len <= kv_len
     _require(fits, "the queries must lie among the keys; pads covers a preallocated cache whole", **got)
-    if not (documents is spans is until is padding_side is None) and _can_read(pads):
+    if pads.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(pads, documents, spans, until, padding_side)
     return q_len, q_offset
 
 
 def _check_values(pads, documents, spans, until, padding_side):
+    places = torch.arange(pads.shape[1], device="cpu")
     for name, numbers in (("documents", documents), ("spans", spans)):
         if numbers is not None:
-            rises = (_number_groups(numbers, pads[0], pads)[0] == numbers) | pads
+            rises = (_number_groups(numbers, places, pads)[0] == numbers) | pads
             rule = f"{name} must never fall along the real tokens. From position_ids that restart, "
-            _require(bool(rises.all()), rule + "write (position_ids == 0).cumsum(1)", **{name: numbers})
-    places = torch.arange(pads.shape[1], device="cpu")
+            _require(_are_true(rises), rule + "write (position_ids == 0).cumsum(1)", **{name: numbers})
     if until is not None:
         rule = "until must be at least the key's own place, since a token sees itself"
-        _require(bool(((until >= places) | pads).all()), rule, until=until)
+        _require(_are_true((until >= places) | pads), rule, until=until)
     if padding_side is not None:
-        count = (~pads if padding_side == "right" else pads).sum(
-            1, keepdim=True
-        )  # before the padding, or of it
-        stands = ((places >= count) == pads) if padding_side == "right" else ((places < count) == pads)
+        real = (~pads).sum(1, keepdim=True)
+        is_padding = places >= real if padding_side == "right" else places < pads.shape[1] - real
         rule = f"padding_side promises that all padding stands on the {padding_side}, and some does not"
-        _require(bool(stands.all()), rule, padding_side=padding_side, pads=pads)
+        _require(_are_true(is_padding == pads), rule, padding_side=padding_side, pads=pads)
 
 
-def _can_read(x):
-    """Whether the values of x are at hand: not on a device, nor fake, nor those of a trace."""
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_of_torch_func(x)
-    return not is_traced and type(x) is Tensor and x.device.type == "cpu"
+def _are_true(x):
+    try:
+        return bool(x.all())
+    except RuntimeError:  # there is no value to read: under vmap, of a fake tensor, in a trace
+        return True
 
 
 def _is_of_torch_func(x):
@@ -486,7 +488,7 @@ def _require(holds: bool, rule: str, error: Any = ValueError, /, **got: Any) -> 
     if not holds:  # only now are values formatted
         show = lambda x: f"{tuple(x.shape)} {x.dtype} {x.device}" if isinstance(x, Tensor) else repr(x)[:80]
         shown = [f"{name} {show(x)}" for name, x in got.items() if x is not None or len(got) == 1]
-        raise error(f"{rule}; got {', '.join(shown)}")
+        raise error(f"{rule}; got {', '.join(shown)}" if shown else rule)
 
 
 # ---- 3. Attention -----------------------------------------------------------------------------------------
@@ -514,10 +516,13 @@ def causal_padded_attention(
             None builds it here. It says what is seen, so the options of the mask are refused beside it.
         causal, window, documents, spans, until, query_pads, padding_side: the options of the mask, as in
             `create_causal_padding_block_mask`. A causal of None stands for True.
-        scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E).
+        scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E). Every new scale
+            compiles a kernel; one that changes in training belongs into a score_mod, as a tensor.
         score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use.
-            q_idx counts the queries given here. On other devices than CUDA the five are tensors that
-            broadcast.
+            q_idx counts the queries given here. What changes or is learned must be captured as a tensor of
+            one dimension or more, and looked up: `weight[h]`. On CUDA what is not finite at masked pairs
+            makes the gradients of captured tensors NaN: clamp it, as in `log((q_idx - kv_idx).clamp(min=1))`.
+            On other devices the five arguments are tensors that broadcast.
         return_lse: whether to return the log-sum-exp of the scores too.
         backend: "triton"; "flash" for FlashAttention-4's kernels, which support neither score_mod nor
             return_lse; or "auto" for "flash" where it can be used and was measured to be faster, which is
@@ -553,10 +558,14 @@ def causal_padded_attention(
 def _cast_for_autocast(*tensors):
     """To the dtype of autocast, where it is enabled. Like SDPA it leaves float64 alone."""
     device = getattr(tensors[0], "device", torch.device("cpu")).type
-    if not torch.is_autocast_enabled(device):
+    if not _is_cast_by_autocast(device):
         return tensors
     dtype, keep = torch.get_autocast_dtype(device), (None, torch.float64, torch.int64)
     return [x if getattr(x, "dtype", None) in keep else x.to(dtype) for x in tensors]
+
+
+def _is_cast_by_autocast(device):
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _zero(x, rows):
@@ -584,7 +593,7 @@ def _move_queries(mask_mod, start):
 def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend="auto"):
     inputs = (query, key, value, score_mod, block_mask, scale, return_lse)
     if not query.is_cuda:
-        casts = torch.is_autocast_enabled(query.device.type)
+        casts = _is_cast_by_autocast(query.device.type)
         with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
             return _attend_in_plain_operators(*inputs)
     if backend == "auto":
@@ -600,7 +609,9 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
 def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):
     """For the CPU, where flex_attention has no gradients and needs a C++ compiler, and for other devices."""
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
-    key, value = (x.to(wide).repeat_interleave(group, dim=1) for x in (key, value))
+    # Not by repeat_interleave, of which torch 2.11 exports no dynamic length.
+    head = torch.arange(query.shape[1], device=query.device) // group
+    key, value = (x.to(wide).index_select(1, head) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
     mask = None
     if block_mask is not None:
@@ -627,7 +638,7 @@ def _modify_scores(scores, mask, score_mod):
     given = [scores, *places]
     if mask is not None:
         # Where masked, evaluate a pair that is allowed: what is not finite there would have NaN for gradient.
-        allowed = mask.expand_as(scores).flatten().int().argmax()
+        allowed = mask.expand_as(scores).flatten().int().argmax(0, keepdim=True)
         given = [torch.where(mask, x, x.expand_as(scores).flatten()[allowed]) for x in given]
     modified = score_mod(*given)
     rule = "score_mod must return a score for each pair: look up bias[b, h, q_idx, kv_idx], not bias[b][h]"
@@ -699,29 +710,44 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     divisible = not any(length % 128 or length % block for length, block in lengths)
     # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
     options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
-    if not _is_on_hopper(query) or query.element_size() != 2:
-        return options
-    is_64, is_128 = query.shape[3] <= 64, max(query.shape[3], value.shape[3]) == 128
+    on_hopper = _is_on_hopper(query) and query.element_size() == 2
+    size, value_size = query.shape[3], value.shape[3]
+    is_64, is_128 = on_hopper and size <= 64, on_hopper and max(size, value_size) == 128
     is_short, mask_mod = query.shape[2] < 128, getattr(block_mask, "mask_mod", None)
     has_first = getattr(mask_mod, "has_first", None)  # of masks that were made here
     # Torch compiles loads by descriptor (TMA) also for rows that begin between multiples of 16 bytes, and
     # then reads wrongly; while a caller's graph is traced, where they begin cannot be asked.
     between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
     tma = {"fwd_USE_TMA": not (between or torch.compiler.is_compiling())}
-    tiles_of_64 = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
-    backward = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 64)
+    wide = 32 if (size + value_size) * query.element_size() <= 2048 else 16
+    q_tile, kv_tile = (math.gcd(block, 128) for block in blocks)
     for holds, measured in (  # where, what; and above it why
         # Half the time of torch's tiles, which are mostly empty.
-        (is_128 and is_short, tiles_of_64 | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
+        (is_128 and is_short, _tiles(64, 64) | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
         # Two programs share a multiprocessor: one multiplies while the other exponentiates.
         (is_128 and not is_short and has_first is False, {"fwd_num_stages": 2, "fwd_num_warps": 4} | tma),
         # But where runs begin late, by a window or documents, tiles are cut at both ends: larger ones gain.
         (is_128 and not is_short and has_first is True, {"fwd_BLOCK_N": 128}),
         # Torch's own tiles spill registers forward, and are slower backward.
-        (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | backward),
+        (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | _tiles(64, 64, "bwd")),
+        # Torch's own tiles of wide heads do not fit into shared memory.
+        (value_size > 256 or size > 512, _tiles(wide, wide) | _tiles(wide, wide, "bwd") | _FEW_LOADS),
+        # Tiles must divide the blocks of the mask.
+        (min(q_tile, kv_tile) < 128, _tiles(q_tile, kv_tile) | _tiles(q_tile, kv_tile, "bwd")),
     ):
         options |= measured if holds else {}
     return options
+
+
+_FEW_LOADS = {"fwd_num_stages": 1, "fwd_num_warps": 4, "bwd_num_stages": 1, "bwd_num_warps": 4}
+
+
+def _tiles(queries, keys, passes="fwd"):
+    """Tiles of so many queries and keys, at most 64, for one of the passes."""
+    m, n = min(queries, 64), min(keys, 64)
+    if passes == "fwd":
+        return {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n}
+    return {"bwd_BLOCK_M1": min(m, n), "bwd_BLOCK_N1": n, "bwd_BLOCK_M2": m, "bwd_BLOCK_N2": min(m, n)}
 
 
 def _decoding_options(query, key, value, block_mask):
@@ -783,7 +809,7 @@ def _check_attention(query, key, value, pads, block_mask, options, scale, score_
     divides = query.shape[1] % key.shape[1] == 0
     _require(divides, "the heads of query must be a multiple of those of key and value", **tensors)
     if query.is_cuda:
-        _check_on_cuda(query, key, value, tensors)
+        _check_on_cuda(query, key, value, score_mod, tensors)
     _require(backend in ("auto", "triton", "flash"), _BACKENDS, backend=backend)
     flash = backend != "flash" or _can_use_flash(query, key, value, score_mod, return_lse)
     _require(flash, _FLASH_NEEDS, **tensors)
@@ -792,7 +818,7 @@ def _check_attention(query, key, value, pads, block_mask, options, scale, score_
         rule = "without causality, query_pads or a block_mask must say what the queries are"
         _require(known or options["query_pads"] is not None, rule, **tensors)
     else:
-        _check_block_mask(query, key, value, pads, block_mask, options)
+        _check_block_mask(query, key, value, pads, block_mask, options, score_mod)
 
 
 _BACKENDS = 'backend must be "auto", "triton" or "flash"'
@@ -803,19 +829,34 @@ _FLASH_NEEDS = (
 )
 
 
-def _check_on_cuda(query, key, value, tensors):
-    is_plain = torch.compiler.is_compiling() or not any(map(_is_of_torch_func, (query, key, value)))
-    rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
-    _require(is_plain, rule, TypeError, query=type(query))
+def _check_on_cuda(query, key, value, score_mod, tensors):
     rule = "on CUDA, flex_attention has no float64: cast to float32"
     _require(query.dtype != torch.float64, rule, TypeError, **tensors)
     rule = "on CUDA, head sizes must be at least 16: fill up with zeros"
     _require(min(query.shape[3], value.shape[3]) >= 16, rule, **tensors)
     rule = "on CUDA, a batch must be of at most 65535 sequences: make calls for parts of it"
     _require(query.shape[0] < 2**16, rule, **tensors)
+    if torch.compiler.is_compiling():
+        return
+    rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
+    _require(not any(map(_is_of_torch_func, (query, key, value))), rule, TypeError, query=type(query))
+    numbers = [x for x in _captured_by(score_mod) if type(x) is float]
+    if numbers:
+        before = _NUMBERS_OF.setdefault(score_mod.__code__, numbers)
+        rule = "score_mod must not capture a number that changes, with which torch compiles wrong kernels or "
+        rule += "none: capture a tensor of one dimension, and look it up, as in weight[h]"
+        _require(numbers == before, rule, captured=numbers, before=before)
 
 
-def _check_block_mask(query, key, value, pads, block_mask, options):
+_NUMBERS_OF: dict[Any, list[float]] = {}  # code of a score_mod: the floats that it captured
+
+
+def _captured_by(function):
+    cells = getattr(function, "__closure__", None) or ()
+    return [*(cell.cell_contents for cell in cells), *(getattr(function, "__defaults__", None) or ())]
+
+
+def _check_block_mask(query, key, value, pads, block_mask, options, score_mod):
     given = [name for name, option in options.items() if option is not None]
     if given:
         rule = f"{' and '.join(given)} must not be given beside a block_mask: make the block_mask with them"
@@ -829,10 +870,20 @@ def _check_block_mask(query, key, value, pads, block_mask, options):
     fits = shape == (query.shape[0], heads, query.shape[2], key.shape[2]) and device == pads.device
     rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
     _require(fits, rule, **shown)
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    has_backward = block_mask.q_num_blocks is not None or not wants_grad
-    rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
-    _require(has_backward, rule, **shown)
+    if torch.is_grad_enabled():
+        differentiated = [query, key, value]
+        if block_mask.q_num_blocks is None and not torch.compiler.is_compiling():
+            differentiated += [x for x in _captured_by(score_mod) if isinstance(x, Tensor)]
+        wants_grad = any(x.requires_grad for x in differentiated)
+        rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
+        _require(block_mask.q_num_blocks is not None or not wants_grad, rule, **shown)
+        blocks = block_mask.BLOCK_SIZE
+        trains = wants_grad and query.is_cuda and query.element_size() == 2 and not _TILES_SHRINK
+        rule = "before torch 2.14 gradients in half precision need a BLOCK_SIZE of multiples of 128"
+        _require(not trains or not (blocks[0] % 128 or blocks[1] % 128), rule, BLOCK_SIZE=blocks)
+    rule = "on CUDA, BLOCK_SIZE must be a multiple of 16"
+    small = block_mask.BLOCK_SIZE[0] % 16 or block_mask.BLOCK_SIZE[1] % 16
+    _require(not (query.is_cuda and small), rule, BLOCK_SIZE=block_mask.BLOCK_SIZE)
 
 
 # ---- all above is one piece to paste: it needs torch alone ------------------------------------------------
@@ -1054,15 +1105,19 @@ def transformers_attention(
             dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, -torch.inf)
         added.append(dense)
     biases = [x.expand(*query.shape[:3], key.shape[2]) for x in added if x is not None]
+    # A number would be compiled in, and torch fails where it changes: another model may have another one.
+    cap = (
+        None if softcap is None else torch.full_like(query[0, :, 0, 0], softcap, dtype=torch.float32)
+    )  # (Hq,)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
+        if cap is not None:
+            score = cap[h] * torch.tanh(score / cap[h])
         for bias in biases:
             score = score + bias[b, h, q_idx, kv_idx]
         return score
 
-    modifies = score_mod if biases or softcap is not None else None
+    modifies = score_mod if biases or cap is not None else None
     result = _attend(query, key, value, modifies, block_mask, scaling, s_aux is not None)
     if s_aux is not None:  # a sink is one more key, with a value of zero, that takes its share of the softmax
         share = torch.sigmoid(result[1] - s_aux.float()[:, None])  # (B, Hq, L)

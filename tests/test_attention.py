@@ -3,7 +3,7 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -16,6 +16,8 @@ from conftest import DEVICES, assert_as_exact, exact_attention, explicit_mask, w
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -35,12 +37,14 @@ ROOT = Path(__file__).parent.parent
 PADDING = ["none", "right", "left", "holes", "empty"]
 
 
-torch._dynamo.config.recompile_limit = 1000  # of all tests together; past it torch would run flex uncompiled
-
-
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
+    """And, as a user would, a reset before the product's own limit of 64 compiled kernels."""
     torch.manual_seed(0)
+    yield
+    if counters["stats"]["unique_graphs"] > 24:
+        torch.compiler.reset()
+        counters.clear()
 
 
 @pytest.fixture
@@ -226,6 +230,57 @@ def test_blocks_that_reach_past_the_end(
     check(shorter, grad_output[:, :, :384], pads[:, :384], seen=seen, block_mask=block_mask)
 
 
+BLOCKS = [16, 32, 64, 256, (16, 64), (64, 16), (128, 32), (32, 128), (256, 64), (48, 96)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("BLOCK_SIZE", BLOCKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_other_sizes(BLOCK_SIZE: int | tuple[int, int], dtype: torch.dtype) -> None:
+    """Prefill, decoding, and where torch can, training."""
+    sizes = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    can_train = (
+        causal_padded_flexattn._TILES_SHRINK or dtype == torch.float32 or not any(n % 128 for n in sizes)
+    )
+    for head_size, options in ((64, "spans"), (128, "until")):
+        for q_len in (300, 16, 1):
+            pads = make_pads("left", 300, "cuda")
+            seen = OPTIONS[options](pads)
+            inputs, _ = make_inputs("cuda", dtype, lengths=(q_len, 300), sizes=(head_size, head_size))
+            with torch.no_grad():
+                block_mask = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=BLOCK_SIZE, **seen)
+            check(inputs, None, pads, seen=seen, block_mask=block_mask)
+        training = make_inputs("cuda", dtype, lengths=(300, 300), sizes=(head_size, head_size))
+        block_mask = create_causal_padding_block_mask(pads, BLOCK_SIZE=BLOCK_SIZE, **seen)
+        if can_train:
+            check(*training, pads, seen=seen, block_mask=block_mask)
+        else:
+            with pytest.raises(
+                ValueError, match=r"before torch 2.14 gradients in half precision need a BLOCK_SIZE"
+            ):
+                check(*training, pads, seen=seen, block_mask=block_mask)
+
+
+@pytest.mark.cuda
+def test_blocks_that_no_kernel_divides() -> None:
+    pads = make_pads("left", 300, "cuda")
+    block_mask = create_causal_padding_block_mask(pads, BLOCK_SIZE=(128, 8))
+    with pytest.raises(
+        ValueError, match=r"on CUDA, BLOCK_SIZE must be a multiple of 16; got BLOCK_SIZE \(128, 8\)"
+    ):
+        causal_padded_attention(*make_inputs("cuda", lengths=(300, 300))[0], pads, block_mask=block_mask)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(128, 512), (512, 128), (512, 512), (576, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_heads(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """576 and 512 are those of multi-head latent attention."""
+    for q_len in (200, 1):
+        inputs, grad_output = make_inputs("cuda", dtype, lengths=(q_len, 200), sizes=sizes)
+        check(inputs, grad_output if q_len > 1 else None, make_pads("left", 200, "cuda"))
+
+
 def make_documents(pads: Tensor) -> Tensor:
     """(B, S): some documents in each row, padding in some of them; numbers without meaning at padding."""
     begins = torch.rand(pads.shape, device=pads.device) < 0.03
@@ -387,6 +442,46 @@ def test_a_learned_bias_gets_its_gradient(device: str) -> None:
     assert_as_exact(
         with_gradients(ours, inputs, grad_output), with_gradients(plain, inputs, grad_output), truth
     )
+
+
+@pytest.mark.cuda
+def test_numbers_that_a_score_mod_captures() -> None:
+    """A tensor may change, also one that is learned; a number may not, in a closure or a default."""
+    pads, (inputs, _) = make_pads("right", 200, "cuda"), make_inputs("cuda")
+
+    def tilt(weight):
+        return lambda score, b, h, q_idx, kv_idx: score * weight
+
+    def tilt_by_head(weight):
+        return lambda score, b, h, q_idx, kv_idx: score * weight[h]
+
+    for weight in (0.5, 2.0, 3.0):
+        expected = written_out(*inputs, explicit_mask(pads), None, tilt(weight))[0]
+        weights = torch.full((4,), weight, device="cuda")
+        result = causal_padded_attention(*inputs, pads, score_mod=tilt_by_head(weights))
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    result = causal_padded_attention(*inputs, pads, score_mod=tilt(3.0))
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"must not capture a number that changes.*captured \[0.5\], before \[3.0\]"
+    ):
+        causal_padded_attention(*inputs, pads, score_mod=tilt(0.5))
+
+
+@pytest.mark.cuda
+def test_a_parameter_alone_wants_a_gradient() -> None:
+    pads, (inputs, _) = make_pads("right", 200, "cuda"), make_inputs("cuda", lengths=(4, 200))
+    weight = torch.ones(4, device="cuda", requires_grad=True)
+    score_mod = lambda score, b, h, q_idx, kv_idx: score * weight[h]
+    attend = partial(causal_padded_attention, *inputs, pads, score_mod=score_mod)
+    (gradient,) = torch.autograd.grad(attend().sum(), weight)
+    exact = written_out(*(x.double() for x in inputs), explicit_mask(pads, 4), None, score_mod)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact.sum(), weight)[0], rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        block_mask = create_causal_padding_block_mask(pads, 4)
+        attend(block_mask=block_mask)
+    with pytest.raises(ValueError, match=r"block_mask was made under torch\.no_grad"):
+        attend(block_mask=block_mask)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -628,6 +723,30 @@ def test_a_score_mod_that_is_not_finite_where_masked(q_len: int) -> None:
     expected = with_gradients(plain, [*inputs, weight], grad_output)
     exact = with_gradients(plain, [x.double() for x in (*inputs, weight)], grad_output.double())
     assert_as_exact(results, expected, exact)
+
+
+def test_other_tracers() -> None:
+    """vmap over pads, make_fx and fake tensors are right; torch.jit.trace is refused."""
+    inputs, pads = make_inputs("cpu")[0], make_pads("right", 200, "cpu")
+    both = torch.stack([pads, pads.flip(0)])
+
+    def attend(pads: Tensor) -> Tensor:
+        return causal_padded_attention(*inputs, pads, window=50, padding_side="right")
+
+    expected = torch.stack([attend(x) for x in both])
+    torch.testing.assert_close(torch.vmap(attend)(both), expected)
+    torch.testing.assert_close(make_fx(attend)(pads)(both[1]), expected[1])
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (*inputs, pads)]
+        assert causal_padded_attention(*fakes, documents=fakes[3].int()).shape == (3, 4, 200, 64)
+    with pytest.raises(TypeError, match=r"torch.jit.trace is not supported: use torch.export"):
+        torch.jit.trace(attend, pads)
+
+
+def test_other_devices_run_plain_operators() -> None:
+    inputs, pads = make_inputs("cpu")[0], make_pads("right", 200, "cpu")
+    output = causal_padded_attention(*(x.to("meta") for x in inputs), pads.to("meta"), score_mod=soft_cap)
+    assert output.shape == (3, 4, 200, 64) and output.device.type == "meta"
 
 
 def test_autocast_leaves_float64_alone() -> None:

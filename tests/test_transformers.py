@@ -190,6 +190,20 @@ def test_a_dense_mask(device: str, boolean: bool, built: list) -> None:
     assert not built
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_models_with_another_soft_cap_in_one_process(device: str, built: list) -> None:
+    input_ids, attention_mask = make_batch("left", device)
+    for cap in (5.0, 2.0, 9.0):
+        models = [make_model("gemma2", device, way) for way in ("flex_attention", "eager")]
+        for model in models:
+            for layer in model.model.layers:
+                layer.self_attn.attn_logit_softcapping = cap
+        with torch.no_grad():
+            logits, expected = (model(input_ids, attention_mask=attention_mask).logits for model in models)
+        real = attention_mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_refused() -> None:
     query = torch.zeros(1, 1, 4, 16)
     with pytest.raises(
