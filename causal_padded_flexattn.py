@@ -22,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from operator import and_
 from typing import Any
 
@@ -148,13 +148,13 @@ def create_causal_padding_block_mask(
     blocks = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
     options: Any = (causal, window, documents, spans, until, query_pads, padding_side)
     q_len, q_offset = _check_mask_options(pads, q_len, q_offset, options, blocks)
-    kv_len, count = pads.shape[1], partial(torch.arange, dtype=torch.int32, device=pads.device)
+    kv_len, device = pads.shape[1], pads.device
     # Where the queries stand on the axis of the keys, (L,), and which of them are padding, (B, L).
     if isinstance(q_offset, Tensor):
-        queries = q_offset.reshape(1) if q_len == 1 else count(q_len) + q_offset
+        queries = q_offset.reshape(1) if q_len == 1 else torch.arange(q_len, device=device) + q_offset
         own_pads = pads.index_select(1, queries)
     else:
-        queries = count(q_offset, q_offset + q_len)
+        queries = torch.arange(q_offset, q_offset + q_len, dtype=torch.int32, device=device)
         own_pads = pads if q_len == kv_len else pads[:, q_offset : q_offset + q_len]
     query_pads = own_pads if query_pads is None else query_pads
 
@@ -327,7 +327,7 @@ def _fill(x, block, value=None):
 
 def _find_ends(x):
     """The smallest and the largest along the last dimension."""
-    return (x[..., 0], x[..., 0]) if x.shape[-1] == 1 else x.aminmax(dim=-1)
+    return (x.squeeze(-1),) * 2 if x.shape[-1] == 1 else x.aminmax(dim=-1)
 
 
 def _list_tiles(tiles):
@@ -335,10 +335,10 @@ def _list_tiles(tiles):
     columns = tiles.shape[-1]
     dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
     rank = tiles.cumsum(-1, dtype=dtype).contiguous()
-    count = rank[..., -1:]
+    count = rank.select(-1, -1)
     # The k-th tile of a row is where its rank first reaches k.
-    wanted = torch.arange(1, columns + 1, dtype=dtype, device=tiles.device).minimum(count)
-    return count.squeeze(-1).int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
+    wanted = torch.arange(1, columns + 1, dtype=dtype, device=tiles.device).minimum(count.unsqueeze(-1))
+    return count.int().contiguous(), torch.searchsorted(rank, wanted, out_int32=True)
 
 
 # In a caller's graph this is one operator that the compiler does not see into. It would lay the lists out as
@@ -448,12 +448,12 @@ _PADS = (
 _NUMBERS = "a tensor of integers, one for each token"
 _INPUT = "a floating point tensor of the same dtype as query"
 _EXPECTED = {
-    "pads": ("B, S", _PADS),
-    "query_pads": ("B, L", _PADS),
-    **dict.fromkeys(("documents", "spans", "until"), ("B, S", _NUMBERS)),
-    "query": ("B, Hq, L, E", _INPUT),
-    "key": ("B, Hkv, S, E", _INPUT),
-    "value": ("B, Hkv, S, Ev", _INPUT),
+    "pads": (("B", "S"), _PADS),
+    "query_pads": (("B", "L"), _PADS),
+    **dict.fromkeys(("documents", "spans", "until"), (("B", "S"), _NUMBERS)),
+    "query": (("B", "Hq", "L", "E"), _INPUT),
+    "key": (("B", "Hkv", "S", "E"), _INPUT),
+    "value": (("B", "Hkv", "S", "Ev"), _INPUT),
 }
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -463,7 +463,7 @@ def _check_tensors(**tensors: Any) -> None:
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
         letters, kind = _EXPECTED[name]
-        if getattr(x, "is_nested", False) or hasattr(x, "to_local"):
+        if getattr(x, "is_nested", False) or (type(x) is not Tensor and hasattr(x, "to_local")):
             rule = f"{name} must be a plain tensor: {name}.to_padded_tensor(0.0) of a nested tensor, "
             _require(False, rule + f"{name}.to_local() of a DTensor", TypeError, type=type(x))
         is_right = isinstance(x, Tensor)
@@ -473,13 +473,15 @@ def _check_tensors(**tensors: Any) -> None:
             is_right = x.dtype == torch.bool if kind is _PADS else x.dtype in _INTEGERS
         if not is_right:
             _require(False, f"{name} must be {kind}", TypeError, **tensors)
-        names = letters.split(", ")
-        fits = len(names) == x.dim() and 0 not in x.shape
-        for letter, size in zip(names, x.shape, strict=False):
+        shape = x.shape
+        fits = len(letters) == len(shape) and 0 not in shape
+        for letter, size in zip(letters, shape, strict=False):
             fits = fits and sizes.setdefault(letter, size) == size
         if not fits:
-            rule = f"{name} must be of shape ({letters}) and agree with the others; no dimension may be empty"
-            _require(False, rule, **tensors)
+            rule = (
+                f"{name} must be of shape ({', '.join(letters)}) and agree with the others; no dimension may "
+            )
+            _require(False, rule + "be empty", **tensors)
         if x.device != tensors["pads"].device:
             _require(False, f"{name} must be on the device of pads: move it", **tensors)
 
@@ -652,11 +654,18 @@ def _run_compiled(*inputs):
         # for the first backward pass of another thread, which waits for the compiler.
         with torch.autograd.set_multithreading_enabled(False):
             return _compile()(*inputs)
-    except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # which has no public name
-            raise
-        rule = f"{_KINDS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, score_mods "
-        raise RuntimeError(rule + "or batch sizes that decode, or call torch.compiler.reset()") from error
+    except Exception as error:  # in words that help, where torch's do not
+        if type(error).__name__ == "FailOnRecompileLimitHit":  # which has no public name
+            rule = (
+                f"{_KINDS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, score_mods "
+            )
+            raise RuntimeError(rule + "or batch sizes that decode, or call torch.compiler.reset()") from error
+        if "out of resource" in str(error):
+            rule = "the shared memory of this card is too small for heads of this size: use half precision"
+            _require(False, rule, **dict(zip(("query", "key", "value"), inputs, strict=False)))
+        if any(type(x) is float for x in _captured_by(inputs[3])):
+            raise ValueError(_NO_NUMBERS) from error
+        raise
 
 
 @cache
@@ -840,15 +849,16 @@ def _check_on_cuda(query, key, value, score_mod, tensors):
         return
     rule = "compiled flex_attention has no torch.func: use torch.autograd.grad, and a batch for vmap"
     _require(not any(map(_is_of_torch_func, (query, key, value))), rule, TypeError, query=type(query))
-    numbers = [x for x in _captured_by(score_mod) if type(x) is float]
-    if numbers:
-        before = _NUMBERS_OF.setdefault(score_mod.__code__, numbers)
-        rule = "score_mod must not capture a number that changes, with which torch compiles wrong kernels or "
-        rule += "none: capture a tensor of one dimension, and look it up, as in weight[h]"
-        _require(numbers == before, rule, captured=numbers, before=before)
+    for place, x in enumerate(_captured_by(score_mod)):
+        same = type(x) is not float or _CAPTURED.setdefault(place, x) == x
+        _require(same, _NO_NUMBERS, captured=x, before=_CAPTURED.get(place))
 
 
-_NUMBERS_OF: dict[Any, list[float]] = {}  # code of a score_mod: the floats that it captured
+_CAPTURED: dict[int, float] = {}  # what was captured at that place, of which torch 2.11 compiles a variable
+_NO_NUMBERS = (
+    "score_mod must not capture a number that changes, since torch computes wrongly or fails with it: write "
+    "the number, or capture a tensor of one dimension and look it up, as in weight[h]"
+)
 
 
 def _captured_by(function):
@@ -1221,6 +1231,8 @@ def _parse(argv):
 
 def _demonstrate(args):
     """Print the report, draw the figure, and return the names of what is wrong."""
+    from functools import partial
+
     from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
     on_cuda, batch_size, length = args.device == "cuda", len(args.lengths), args.max_seq_len

@@ -230,7 +230,7 @@ def test_blocks_that_reach_past_the_end(
     check(shorter, grad_output[:, :, :384], pads[:, :384], seen=seen, block_mask=block_mask)
 
 
-BLOCKS = [16, 32, 64, 256, (16, 64), (64, 16), (128, 32), (32, 128), (256, 64), (48, 96)]
+BLOCKS = [16, 64, 256, (16, 64), (128, 32), (48, 96)]
 
 
 @pytest.mark.cuda
@@ -242,7 +242,7 @@ def test_blocks_of_other_sizes(BLOCK_SIZE: int | tuple[int, int], dtype: torch.d
     can_train = (
         causal_padded_flexattn._TILES_SHRINK or dtype == torch.float32 or not any(n % 128 for n in sizes)
     )
-    for head_size, options in ((64, "spans"), (128, "until")):
+    for head_size, options in ((64, "spans"), (128, "until"))[: 1 if dtype == torch.float32 else 2]:
         for q_len in (300, 16, 1):
             pads = make_pads("left", 300, "cuda")
             seen = OPTIONS[options](pads)
@@ -276,9 +276,16 @@ def test_blocks_that_no_kernel_divides() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_heads(sizes: tuple[int, int], dtype: torch.dtype) -> None:
     """576 and 512 are those of multi-head latent attention."""
-    for q_len in (200, 1):
-        inputs, grad_output = make_inputs("cuda", dtype, lengths=(q_len, 200), sizes=sizes)
-        check(inputs, grad_output if q_len > 1 else None, make_pads("left", 200, "cuda"))
+    pads = make_pads("left", 200, "cuda")
+    inputs, _ = make_inputs("cuda", dtype, lengths=(1, 200), sizes=sizes)
+    check(inputs, None, pads)
+    if dtype == torch.float32 and sizes == (576, 512):
+        with pytest.raises(
+            ValueError, match="shared memory of this card is too small for heads of this size"
+        ):
+            causal_padded_attention(*make_inputs("cuda", dtype, sizes=sizes)[0], pads)
+    else:
+        check(*make_inputs("cuda", dtype, sizes=sizes), pads)
 
 
 def make_documents(pads: Tensor) -> Tensor:
@@ -381,12 +388,11 @@ def test_decoding_behind_a_prefix(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_promise_of_the_padding_side(device: str, side: str, dtype: torch.dtype) -> None:
-    pads = make_pads(side, 300, device)
+def test_a_promise_of_the_padding_side(device: str, side: str) -> None:
+    pads, dtype = make_pads(side, 300, device), torch.float32 if device == "cpu" else torch.bfloat16
     for more in ({}, {"causal": False}, {"window": 70}, {"window": 70, "causal": False}):
         check(*make_inputs(device, dtype, lengths=(300, 300)), pads, seen={"padding_side": side, **more})
-    for options in ("spans", "until", "spans, documents", "until, documents, window"):
+    for options in ("spans", "until", "until, documents, window"):
         seen = {"padding_side": side, **OPTIONS[options](pads)}
         check(*make_inputs(device, dtype, lengths=(300, 300)), pads, seen=seen)
     check(*make_inputs(device, dtype, lengths=(70, 300)), pads, seen={"padding_side": side, "window": 90})
@@ -445,9 +451,13 @@ def test_a_learned_bias_gets_its_gradient(device: str) -> None:
 
 
 @pytest.mark.cuda
-def test_numbers_that_a_score_mod_captures() -> None:
-    """A tensor may change, also one that is learned; a number may not, in a closure or a default."""
+def test_numbers_that_a_score_mod_captures(
+    compilations: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone is compiled in. It may not change, but a tensor may."""
+    monkeypatch.setattr(causal_padded_flexattn, "_CAPTURED", {})
     pads, (inputs, _) = make_pads("right", 200, "cuda"), make_inputs("cuda")
+    attend = partial(causal_padded_attention, *inputs, pads)
 
     def tilt(weight):
         return lambda score, b, h, q_idx, kv_idx: score * weight
@@ -455,17 +465,17 @@ def test_numbers_that_a_score_mod_captures() -> None:
     def tilt_by_head(weight):
         return lambda score, b, h, q_idx, kv_idx: score * weight[h]
 
-    for weight in (0.5, 2.0, 3.0):
-        expected = written_out(*inputs, explicit_mask(pads), None, tilt(weight))[0]
-        weights = torch.full((4,), weight, device="cuda")
-        result = causal_padded_attention(*inputs, pads, score_mod=tilt_by_head(weights))
-        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
-    result = causal_padded_attention(*inputs, pads, score_mod=tilt(3.0))
-    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
-    with pytest.raises(
-        ValueError, match=r"must not capture a number that changes.*captured \[0.5\], before \[3.0\]"
-    ):
-        causal_padded_attention(*inputs, pads, score_mod=tilt(0.5))
+    def expected(weight: float) -> Tensor:
+        return written_out(*inputs, explicit_mask(pads), None, tilt(weight))[0]
+
+    torch.testing.assert_close(attend(score_mod=tilt(3.0)), expected(3.0), rtol=1e-3, atol=1e-4)
+    for other in (tilt(0.5), lambda score, b, h, q_idx, kv_idx, weight=0.5: score + weight):
+        message = r"must not capture a number that changes.*weight\[h\]; got captured 0.5, before 3.0"
+        with pytest.raises(ValueError, match=message):
+            attend(score_mod=other)
+    for weight in (0.5, 2.0):
+        result = attend(score_mod=tilt_by_head(torch.full((4,), weight, device="cuda")))
+        torch.testing.assert_close(result, expected(weight), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.cuda
