@@ -317,7 +317,9 @@ def _find_tiles(
     # Whether some pair is allowed, and whether every pair, share a dimension, (2, B, 1, rows, columns).
     tiles = reduce(and_, [torch.stack(high[::-1]) >= torch.stack(low) for high, low in comparisons])
     tiles[0] ^= tiles[1]  # partial: some, but not every
-    return tables, [*_list_tiles(tiles), *_list_tiles(tiles.mT)]
+    by_query = _list_tiles(tiles)
+    tiles = tiles.mT.contiguous()
+    return tables, [*by_query, *_list_tiles(tiles)]
 
 
 def _fill(x, block, value=None):
@@ -334,7 +336,7 @@ def _list_tiles(tiles):
     """How many tiles of each row are True, (..., rows), and which, (..., rows, columns), then any."""
     columns = tiles.shape[-1]
     dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
-    rank = tiles.cumsum(-1, dtype=dtype).contiguous()
+    rank = tiles.view(torch.int8).cumsum(-1, dtype=dtype)  # of booleans, cumsum makes a copy first
     count = rank.select(-1, -1)
     # The k-th tile of a row is where its rank first reaches k.
     wanted = torch.arange(1, columns + 1, dtype=dtype, device=tiles.device).minimum(count.unsqueeze(-1))
@@ -655,7 +657,8 @@ def _run_compiled(*inputs):
         with torch.autograd.set_multithreading_enabled(False):
             return _compile()(*inputs)
     except Exception as error:  # in words that help, where torch's do not
-        if type(error).__name__ == "FailOnRecompileLimitHit":  # which has no public name
+        name = type(error).__name__  # some have no public one
+        if name == "FailOnRecompileLimitHit":
             rule = (
                 f"{_KINDS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, score_mods "
             )
@@ -663,7 +666,8 @@ def _run_compiled(*inputs):
         if "out of resource" in str(error):
             rule = "the shared memory of this card is too small for heads of this size: use half precision"
             _require(False, rule, **dict(zip(("query", "key", "value"), inputs, strict=False)))
-        if any(type(x) is float for x in _captured_by(inputs[3])):
+        captures_number = any(type(x) is float for x in _captured_by(inputs[3]))
+        if captures_number and name in ("InductorError", "TorchRuntimeError"):
             raise ValueError(_NO_NUMBERS) from error
         raise
 

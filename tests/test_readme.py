@@ -64,14 +64,28 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    card, *_ = run = (RESULTS / "report.txt").read_text().splitlines()
-    assert "batch       8 x 4096 tokens, 40% of it padding" in run[1] and "16 key heads of 64" in run[1]
-    times = next(i for i, line in enumerate(run) if line.startswith("time"))
-    forward, both = ([float(x) for x in re.findall(r"\d+\.\d+", line)] for line in run[times + 1 : times + 3])
+    run = (RESULTS / "report.txt").read_text()
+    assert re.search(r"^device .* NVIDIA H200$", run, re.MULTILINE) and "WRONG" not in run
+    assert "8 x 4096 tokens, 40% of them padding on the right; 16 query and 16 key heads of size 64" in run
+    rows = re.findall(r"^ {8}(\S.*?) +([\d.]+) +([\d.]+) +([\d.]+)$", run, re.MULTILINE)
+    times = {name: numbers for name, *numbers in rows}
+    textbook, ours, explicit, is_causal = (
+        times[name]
+        for name in (
+            "create_block_mask, flex_attention",
+            "causal_padded_attention",
+            "SDPA, explicit mask",
+            "SDPA, is_causal=True, with the padding",
+        )
+    )
     text = " ".join(README.split())
-    assert f"on an {card.split(', ')[-1].split()[1]}, it is {forward[2]} x as fast" in text
-    assert f"({forward[0]:.2f} ms, {forward[1]:.2f}), with the backward pass {both[2]} x" in text
-    assert f"({both[0]:.2f} ms, {both[1]:.2f}), masks made before" in text
+    assert (
+        f"on an H200, it takes {textbook[0]} ms forward and {textbook[1]} ms with the backward pass" in text
+    )
+    assert f"SDPA takes {explicit[0]} and {explicit[1]} ms with the explicit mask" in text
+    assert f"and {is_causal[0]} and {is_causal[1]} ms with `is_causal=True`" in text
+    assert f"this file takes {ours[0]} and {ours[1]} ms, and {ours[2]} ms with making the mask" in text
+    assert f"where the textbook takes {textbook[2]} ms" in text
     for name in ("readme-speed", "readme-masks"):
         assert report.TABLES[name](RESULTS) in README
 
