@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask, flex_attention
 
 _END = 2**29  # a place behind the end of every sequence
-_BEYOND = 2**30  # a place that not even _END reaches; int32 holds twice as much
-_DECODES = 16  # at most so many queries are computed by the kernel for decoding
+_BEYOND = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
+_DECODES = 16  # at most so many queries are left to the kernel for decoding
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
-_KINDS = 64  # compiled kernels; torch's own limit is 8
-_TILES_SHRINK = torch.__version__ >= "2.14"  # backward, to what divides the blocks of the mask
+_KINDS = 64  # at most so many kernels are compiled; torch's own limit is 8
+_TILES_SHRINK = torch.__version__ >= "2.14"  # whether backward tiles can be made to divide small blocks
 
 # ---- 1. What may attend to what ---------------------------------------------------------------------------
 
@@ -197,14 +197,15 @@ def _number_groups(numbers, queries, pads):
 def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padding_side=None, rules=None):
     """The block mask of queries that see the real keys from first to last.
 
-    The mask_mod looks first and last up, unless rules are given that say the same.
+    Its mask_mod is the conjunction of rules. They look first and last up in tables, unless rules are given
+    that compute the same.
     """
     q_len, kv_len = query_pads.shape[1], pads.shape[1]
     decodes = not torch.is_grad_enabled() and q_len <= min(_DECODES, blocks[0])
     find_tiles = _opaque_find_tiles if torch.compiler.is_compiling() else _find_tiles
     tables, lists = find_tiles(first, last, until, queries, pads, query_pads, *blocks, decodes)
 
-    # Rules capture tensors. A number would be compiled in: another kernel for every step of decoding.
+    # Rules capture tensors, not numbers, which would be compiled in: a new kernel for every decoding step.
     if rules is None:
         last = tables[0]
         rules = [lambda b, h, q_idx, kv_idx: kv_idx <= last[b, q_idx]]
@@ -223,6 +224,7 @@ def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padd
             allowed = allowed & rule(b, h, q_idx, kv_idx)
         return allowed
 
+    # What safe_padding and the choice of kernel options ask for later.
     mask_mod.query_pads, mask_mod.has_first = query_pads, first is not None
     counts, indices, q_counts, q_indices = lists if not decodes else (*lists, [None] * 2, [None] * 2)
     return BlockMask(
@@ -241,10 +243,10 @@ def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padd
 
 
 def _compute_runs(pads, is_causal, window, padding_side):
-    """Rules that compute the runs, where query i is token i and all padding stands on one side.
+    """Rules that compute first and last, where query i is token i and all padding stands on one side.
 
-    They say `kv_idx <= f(b, q_idx)` rather than the like of `q_idx < end[b]`, since FlashAttention-4 computes
-    f once for a row of scores.
+    Each compares kv_idx with a number that depends on the query alone, because FlashAttention-4's kernels
+    compute such a number once for a row of scores. `q_idx < end[b]`, as a rule of its own, is slower.
     """
     if padding_side == "right":
         end = (~pads).sum(1, dtype=torch.int32)  # (B,)
@@ -267,7 +269,7 @@ def _compute_runs(pads, is_causal, window, padding_side):
 
 
 def _leave_out_padding(first, last, pads, padding_side):
-    """The runs, cut where the padding of that side is."""
+    """The runs without the padding of that side."""
     if padding_side == "right":
         return first, torch.minimum(last, (~pads).sum(1, keepdim=True, dtype=torch.int32) - 1)
     begin = pads.sum(1, keepdim=True, dtype=torch.int32)  # (B, 1)
@@ -278,15 +280,17 @@ def _find_tiles(
     first: Tensor | None, last: Tensor, until: Tensor | None, queries: Tensor, pads: Tensor,
     query_pads: Tensor, q_block: int, kv_block: int, decodes: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """What the mask_mod looks up, and the lists of tiles.
+    """The tables that the mask_mod looks up, and the lists of tiles.
 
     Returns:
-        [last, first and until, if given], (B, L) or (B, S) up to whole blocks, with padding out of reach; and
-        [how many tiles of each row are partial and full, which ones], (2, B, 1, rows) and (2, B, 1, rows,
-        columns), then the same of each column for the backward pass. If it decodes, there is no backward pass
-        and all tiles count as partial: (1, B, 1, rows) and (1, B, 1, rows, columns).
+        Tables: last, then first and until if they are given. They are (B, L) or (B, S), filled up to whole
+        blocks. In them padding is out of reach.
+        Lists: how many tiles of each row are partial and how many are full, (2, B, 1, rows), and which ones,
+        (2, B, 1, rows, columns). Then the same of each column, for the backward pass. If it decodes, there is
+        no backward pass and every tile counts as partial: (1, B, 1, rows) and (1, B, 1, rows, columns).
     """
-    # What reaches past the end is padding. But kernels that decode read no further than the last query.
+    # Blocks that reach past the end are filled with padding. But kernels that decode read no table further
+    # than the last query, so that the queries can stay as they are.
     if decodes and pads.is_cuda and query_pads.shape[1] < pads.shape[1]:
         q_block = query_pads.shape[1]
     q_pads, kv_pads = _fill(query_pads, q_block, True), _fill(pads, kv_block, True)
@@ -295,8 +299,8 @@ def _find_tiles(
     of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
     of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
 
-    # A pair is allowed where high >= low in every comparison of a number of the query and one of the key.
-    # Padding is moved away, so far that no comparison holds for it.
+    # A pair is allowed where high >= low in every comparison. One of the two is a number of the query, the
+    # other a number of the key. Padding is moved away, so far that no comparison holds for it.
     last = torch.add(_fill(last, q_block), q_pads, alpha=-_BEYOND)
     tables, comparisons = [last], [(of_rows(last), of_columns(torch.add(keys, kv_pads, alpha=_BEYOND)))]
     if first is not None:
@@ -314,7 +318,7 @@ def _find_tiles(
     if decodes:
         some = reduce(and_, [high_max >= low_min for (_, high_max), (low_min, _) in comparisons])
         return tables, [*_list_tiles(some[None])]
-    # Whether some pair is allowed, and whether every pair, share a dimension, (2, B, 1, rows, columns).
+    # "Some pair" and "every pair" share the first dimension here, (2, B, 1, rows, columns), to save launches.
     tiles = reduce(and_, [torch.stack(high[::-1]) >= torch.stack(low) for high, low in comparisons])
     tiles[0] ^= tiles[1]  # partial: some, but not every
     by_query = _list_tiles(tiles)
@@ -333,7 +337,10 @@ def _find_ends(x):
 
 
 def _list_tiles(tiles):
-    """How many tiles of each row are True, (..., rows), and which, (..., rows, columns), then any."""
+    """How many tiles of each row are True, (..., rows), and which ones, (..., rows, columns).
+
+    What is left of a row repeats its last tile. Kernels do not read it.
+    """
     columns = tiles.shape[-1]
     dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
     rank = tiles.view(torch.int8).cumsum(-1, dtype=dtype)  # of booleans, cumsum makes a copy first
@@ -701,7 +708,10 @@ def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse,
 
 
 def _make_constant(*sizes):
-    """Compile these sizes into the kernel, which is faster for it: a loop over a size makes it a constant."""
+    """Make these sizes constants of the compiled kernel, which is faster with them.
+
+    A trace can only follow a loop if it knows how often the loop runs, so it takes the size for a constant.
+    """
     for size in sizes:
         for _ in range(size):
             pass
@@ -721,7 +731,8 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     # wrongly where a block of the mask is larger than 128.
     lengths = zip((query.shape[2], key.shape[2]), blocks, strict=True)
     divisible = not any(length % 128 or length % block for length, block in lengths)
-    # Left to itself torch decodes up to 127 queries, and has no configuration of that from 129 rows on.
+    # Left to itself torch takes the kernel for decoding for up to 127 queries, and finds no configuration of
+    # it from 129 rows on.
     options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible}
     on_hopper = _is_on_hopper(query) and query.element_size() == 2
     size, value_size = query.shape[3], value.shape[3]
@@ -764,9 +775,9 @@ def _tiles(queries, keys, passes="fwd"):
 
 
 def _decoding_options(query, key, value, block_mask):
-    """Those of the kernel that splits the keys of few queries over the card; None where it does not fit.
+    """The options of the kernel for decoding, which splits the keys of few queries over the card.
 
-    Torch compiles it for a number of heads and a batch size.
+    None where that kernel does not fit. Torch compiles it for one number of heads and one batch size.
     """
     (batch_size, heads, q_len, size), kv_heads = query.shape, key.shape[1]
     group, blocks = heads // kv_heads, (128, 128) if block_mask is None else block_mask.BLOCK_SIZE
