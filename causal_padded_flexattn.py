@@ -320,7 +320,7 @@ def _find_tiles(
         return tables, [*_list_tiles(some[None])]
     # "Some pair" and "every pair" share the first dimension here, (2, B, 1, rows, columns), to save launches.
     tiles = reduce(and_, [torch.stack(high[::-1]) >= torch.stack(low) for high, low in comparisons])
-    tiles[0] ^= tiles[1]  # partial: some, but not every
+    tiles[0].bitwise_xor_(tiles[1])  # partial: some, but not every
     by_query = _list_tiles(tiles)
     tiles = tiles.mT.contiguous()
     return tables, [*by_query, *_list_tiles(tiles)]
