@@ -309,8 +309,7 @@ def _find_tiles(
         comparisons.append((of_columns(torch.add(keys, kv_pads, alpha=-_BEYOND)), of_rows(first)))
     if until is not None:  # as a number of the queries given, which are counted from 0
         until = _fill(until.clamp(max=pads.shape[1] - 1).int() - queries[:1], kv_block)
-        unseen = kv_pads | (keys > last.amax(1, keepdim=True))  # also of keys behind all runs
-        until = torch.add(until, unseen, alpha=-_BEYOND)
+        until = torch.add(until, kv_pads, alpha=-_BEYOND)
         query = torch.add(_fill(queries - queries[:1], q_block), q_pads, alpha=_BEYOND)
         tables.append(until)
         comparisons.append((of_columns(until), of_rows(query)))

@@ -388,6 +388,23 @@ def test_what_the_mask_mod_looks_up(more: dict, looks_up: list[str]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 90])
+def test_a_promise_of_the_padding_side(device: str, side: str, causal: bool, window: int | None) -> None:
+    """Where the runs are computed from the place of a token, and where they are looked up."""
+    places, lengths = torch.arange(300, device=device), torch.tensor([[300], [130], [1], [0]], device=device)
+    pads = places >= lengths if side == "right" else places < 300 - lengths
+    groups = (places // 70).expand(4, -1)
+    for more in ({}, {"until": groups * 70 + 100}, {"spans": groups}, {"documents": groups}):
+        if causal or not more.keys() & {"until", "spans"}:
+            seen = {"causal": causal, "window": window, "padding_side": side, **more}
+            for q_len in (300, 40):
+                ours = create_causal_padding_block_mask(pads, q_len, **seen)
+                assert_right(ours, pads, {"q_len": q_len, "q_offset": 300 - q_len, **seen}, 128)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_mask_knows_which_queries_are_padding(device: str) -> None:
     pads = torch.rand(2, 300, device=device) < 0.3
     for q_len, offset in ((300, 0), (40, 260), (40, 7)):
