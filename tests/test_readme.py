@@ -1,12 +1,17 @@
 """What the READMEs show runs, and is what was measured."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import report
 import sequence_parallel
 import torch
+from conftest import DEVICES, with_gradients
+from test_block_mask import assert_same_block_mask
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import causal_padded_flexattn
@@ -34,12 +39,14 @@ def test_each_block_runs_alone_and_after_the_others(
             exec(compile(block, "README.md", "exec"), some)
             shown.append(capsys.readouterr().out)
             outputs.append(some.pop("output", None))
-        textbook, training, window, tree, decoding, model, parallel = shown
-        for output, heads in ((outputs[0], 4), (outputs[2], 8), (outputs[3], 8)):
+        textbook, closed, call, training, window, tree, decoding, model, parallel = shown
+        for i, heads in ((0, 4), (1, 4), (2, 4), (4, 8), (5, 8)):
+            output = outputs[i]
             assert output.shape == (2, heads, 300, 64)
             assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
-        assert outputs[1].shape == (2, 300, 64)
-        assert outputs[4].shape == (2, 8, 1, 64) and outputs[4].isfinite().all() and outputs[4].any()
+        assert outputs[3].shape == (2, 300, 64)
+        assert outputs[6].shape == (2, 8, 1, 64) and outputs[6].isfinite().all() and outputs[6].any()
+        assert closed == "torch.Size([2, 4, 300, 64])\n" and call.count("0.0000") >= 2
         assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
         gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
         assert all(gradients[:2]) and gradients[2:] == [0, 0]
@@ -61,6 +68,46 @@ def test_the_textbook_mask_is_that_of_the_module() -> None:
     theirs = names["block_mask"]
     assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
     assert torch.equal(ours.full_q_num_blocks, theirs.full_q_num_blocks)
+
+
+def function_of_the_readme(name: str) -> Callable:
+    block = next(block for block in BLOCKS if f"def {name}(" in block)
+    names: dict = {}
+    exec(compile(block.partition("\n\ndevice =")[0], "README.md", "exec"), names)
+    return names[name]
+
+
+def test_the_closed_form_is_short() -> None:
+    block = next(block for block in BLOCKS if "def causal_padding_block_mask(" in block)
+    lines = block.partition("\n\ndevice =")[0].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 25
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(("length", "block"), [(300, 128), (256, 128), (1, 128), (700, 64)])
+def test_the_closed_form_makes_the_same_tiles(device: str, padding: float, length: int, block: int) -> None:
+    pads = torch.rand(3, length, device=device) < padding
+    pads[1, length // 2 :] = True
+    ours = function_of_the_readme("causal_padding_block_mask")(pads, block)
+    module = causal_padded_flexattn.create_causal_padding_block_mask(pads, BLOCK_SIZE=block)
+    mask_mod = and_masks(causal_padded_flexattn.causal, causal_padded_flexattn.create_padding_mask(pads))
+    textbook = create_block_mask(mask_mod, 3, None, length, length, device, BLOCK_SIZE=block)
+    for other in (module, textbook):
+        assert_same_block_mask(other, ours)
+
+
+@pytest.mark.cuda
+def test_the_closed_form_trains() -> None:
+    pads = torch.arange(300, device="cuda") >= torch.tensor([[300], [120]], device="cuda")
+    block_mask = function_of_the_readme("causal_padding_block_mask")(pads)
+    inputs = list(torch.randn(3, 2, 4, 300, 64, device="cuda"))
+    attend = partial(torch.compile(flex_attention), block_mask=block_mask)
+    reference = partial(causal_padded_flexattn.sdpa_reference, pads=pads)
+    grad = torch.randn(2, 4, 300, 64, device="cuda")
+    results, expected = (with_gradients(way, inputs, grad) for way in (attend, reference))
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-2, atol=1e-2)
 
 
 def test_the_figures_are_those_of_a_run() -> None:
