@@ -31,28 +31,25 @@ print(*block_mask.kv_num_blocks.flatten().tolist())
 """
 
 
-def test_parts_1_and_2_alone(tmp_path: Path) -> None:
-    piece, marker, _ = FILE.read_text().partition("# ---- 3. ")
+def run_alone(up_to: str, code: str, folder: Path) -> str:
+    """What the code prints behind the part of the file before that marker, pasted together."""
+    piece, marker, _ = FILE.read_text().partition(up_to)
     assert marker
-    pasted = tmp_path / "pasted.py"
-    pasted.write_text(piece + MASK)
+    pasted = folder / "pasted.py"
+    pasted.write_text(piece + code)
     done = subprocess.run(
-        [sys.executable, str(pasted)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(pasted)], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "1 2 1 0\n"
+    return done.stdout
+
+
+def test_parts_1_and_2_alone(tmp_path: Path) -> None:
+    assert run_alone("# ---- 3. ", MASK, tmp_path) == "1 2 1 0\n"
 
 
 def test_parts_1_to_3_alone(tmp_path: Path) -> None:
-    piece, marker, _ = FILE.read_text().partition("# ---- all above is one piece to paste")
-    assert marker
-    pasted = tmp_path / "pasted.py"
-    pasted.write_text(piece + USE)
-    done = subprocess.run(
-        [sys.executable, str(pasted)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    eager, compiled = done.stdout.splitlines()
+    eager, compiled = run_alone("# ---- all above is one piece to paste", USE, tmp_path).splitlines()
     assert len(eager.split()) == 4
     for x, y in zip(eager.split(), compiled.split(), strict=True):
         assert abs(float(x) - float(y)) <= 0.02 * float(x)
