@@ -342,7 +342,8 @@ def _list_tiles(tiles):
     """
     columns = tiles.shape[-1]
     dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
-    rank = tiles.view(torch.int8).cumsum(-1, dtype=dtype)  # of booleans, cumsum makes a copy first
+    # Of booleans cumsum makes a copy first. On the CPU torch 2.11 has no such view under vmap.
+    rank = (tiles.view(torch.int8) if tiles.is_cuda else tiles).cumsum(-1, dtype=dtype)
     count = rank.select(-1, -1)
     # The k-th tile of a row is where its rank first reaches k.
     wanted = torch.arange(1, columns + 1, dtype=dtype, device=tiles.device).minimum(count.unsqueeze(-1))
