@@ -134,8 +134,7 @@ def create_causal_padding_block_mask(
             tokens than the keys, as in cross-attention. Requires `causal=False` and no other option.
         padding_side: "right" or "left" promises that all padding stands there. Kernels then compare places
             with the length of the sequence instead of looking `pads` up. On the CPU a broken promise is a
-            ValueError. On other devices it is not noticed, and tokens are masked that should not be, or not
-            masked that should be.
+            ValueError. On other devices it is not noticed, and the output is wrong.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block).
 
     Returns:
@@ -887,6 +886,7 @@ def _check_block_mask(query, key, value, pads, block_mask, options, score_mod):
         rule = f"{' and '.join(given)} must not be given beside a block_mask: make the block_mask with them"
         _require(False, rule, **options)
     shape, device, mask_mod = block_mask.shape, block_mask.kv_num_blocks.device, block_mask.mask_mod
+    q_block, kv_block = block_mask.BLOCK_SIZE
     shown = {"block_mask": (*shape, str(device)), "query": query, "key": key, "pads": pads}
     is_sliced = getattr(mask_mod, "__name__", "") == "_sliced_mask_mod_error"  # torch's own mark
     rule = "block_mask is a slice, which has no mask_mod: make a block_mask of a slice of pads"
@@ -902,13 +902,11 @@ def _check_block_mask(query, key, value, pads, block_mask, options, score_mod):
         wants_grad = any(x.requires_grad for x in differentiated)
         rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
         _require(block_mask.q_num_blocks is not None or not wants_grad, rule, **shown)
-        blocks = block_mask.BLOCK_SIZE
         trains = wants_grad and query.is_cuda and query.element_size() == 2 and not _TILES_SHRINK
         rule = "before torch 2.14 gradients in half precision need a BLOCK_SIZE of multiples of 128"
-        _require(not trains or not (blocks[0] % 128 or blocks[1] % 128), rule, BLOCK_SIZE=blocks)
+        _require(not (trains and (q_block % 128 or kv_block % 128)), rule, BLOCK_SIZE=(q_block, kv_block))
     rule = "on CUDA, BLOCK_SIZE must be a multiple of 16"
-    small = block_mask.BLOCK_SIZE[0] % 16 or block_mask.BLOCK_SIZE[1] % 16
-    _require(not (query.is_cuda and small), rule, BLOCK_SIZE=block_mask.BLOCK_SIZE)
+    _require(not (query.is_cuda and (q_block % 16 or kv_block % 16)), rule, BLOCK_SIZE=(q_block, kv_block))
 
 
 # ---- all above is one piece to paste: it needs torch alone ------------------------------------------------
@@ -1274,11 +1272,10 @@ def _demonstrate(args):
     wrong = [] if same else ["the tiles of the mask"]
 
     attend = partial(causal_padded_attention, pads=pads, block_mask=ours)
-    results = {
-        "causal_padded_attention": _differentiate(attend, inputs, grad)
-    }  # which says what does not fit
+    # First, since its checks say what does not fit.
+    results = {"causal_padded_attention": _differentiate(attend, inputs, grad)}
     flex = partial(flex_attention, block_mask=textbook, enable_gqa=args.heads != args.kv_heads)
-    compiled = partial(torch.compile(flex_attention), *flex.args, **flex.keywords)
+    compiled = partial(torch.compile(flex_attention), **flex.keywords)
     if not on_cuda:  # where flex_attention has no gradients
         results["flex_attention"] = _differentiate(flex, inputs, None)
     if on_cuda or args.compile:
