@@ -147,15 +147,17 @@ def create_causal_padding_block_mask(
     blocks = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
     options: Any = (causal, window, documents, spans, until, query_pads, padding_side)
     q_len, q_offset = _check_mask_options(pads, q_len, q_offset, options, blocks)
-    kv_len, device = pads.shape[1], pads.device
-    # Where the queries stand on the axis of the keys, (L,), and which of them are padding, (B, L).
-    if isinstance(q_offset, Tensor):
-        queries = q_offset.reshape(1) if q_len == 1 else torch.arange(q_len, device=device) + q_offset
-        own_pads = pads.index_select(1, queries)
+    kv_len = pads.shape[1]
+    keys = torch.arange(kv_len, dtype=torch.int32, device=pads.device)  # (S,), their places
+    # Where the queries stand among the keys, (L,), and which of them are padding, (B, L).
+    if query_pads is not None:  # other tokens, which stand nowhere there
+        queries = keys[:1].expand(q_len)
+    elif isinstance(q_offset, Tensor):
+        queries = q_offset.reshape(1) if q_len == 1 else keys[:q_len] + q_offset
+        query_pads = pads.index_select(1, queries)
     else:
-        queries = torch.arange(q_offset, q_offset + q_len, dtype=torch.int32, device=device)
-        own_pads = pads if q_len == kv_len else pads[:, q_offset : q_offset + q_len]
-    query_pads = own_pads if query_pads is None else query_pads
+        queries = keys[q_offset : q_offset + q_len]
+        query_pads = pads if q_len == kv_len else pads[:, q_offset : q_offset + q_len]
 
     first, last = _find_runs(queries, pads, causal, window, documents, spans)
     rules = None
@@ -163,7 +165,9 @@ def create_causal_padding_block_mask(
         rules = _compute_runs(pads, causal, window, padding_side)
     elif padding_side is not None:
         first, last = _leave_out_padding(first, last, pads, padding_side)
-    return _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padding_side, rules)
+    if until is not None:  # counted as the queries that are given, from 0
+        until = until.clamp(max=_END).int() - queries[:1]
+    return _build_from_runs(first, last, until, keys, pads, query_pads, blocks, padding_side, rules)
 
 
 def _find_runs(queries, pads, causal, window, documents, spans):
@@ -193,7 +197,7 @@ def _number_groups(numbers, queries, pads):
     return numbers, numbers if queries.shape[0] == pads.shape[1] else numbers.index_select(1, queries)
 
 
-def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padding_side=None, rules=None):
+def _build_from_runs(first, last, until, keys, pads, query_pads, blocks, padding_side=None, rules=None):
     """The block mask of queries that see the real keys from first to last.
 
     Its mask_mod is the conjunction of rules. They look first and last up in tables, unless rules are given
@@ -202,7 +206,7 @@ def _build_from_runs(first, last, until, queries, pads, query_pads, blocks, padd
     q_len, kv_len = query_pads.shape[1], pads.shape[1]
     decodes = not torch.is_grad_enabled() and q_len <= min(_DECODES, blocks[0])
     find_tiles = _opaque_find_tiles if torch.compiler.is_compiling() else _find_tiles
-    tables, lists = find_tiles(first, last, until, queries, pads, query_pads, *blocks, decodes)
+    tables, lists = find_tiles(first, last, until, keys, pads, query_pads, *blocks, decodes)
 
     # Rules capture tensors, not numbers, which would be compiled in: a new kernel for every decoding step.
     if rules is None:
@@ -276,7 +280,7 @@ def _leave_out_padding(first, last, pads, padding_side):
 
 
 def _find_tiles(
-    first: Tensor | None, last: Tensor, until: Tensor | None, queries: Tensor, pads: Tensor,
+    first: Tensor | None, last: Tensor, until: Tensor | None, keys: Tensor, pads: Tensor,
     query_pads: Tensor, q_block: int, kv_block: int, decodes: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The tables that the mask_mod looks up, and the lists of tiles.
@@ -293,7 +297,7 @@ def _find_tiles(
     if decodes and pads.is_cuda and query_pads.shape[1] < pads.shape[1]:
         q_block = query_pads.shape[1]
     q_pads, kv_pads = _fill(query_pads, q_block, True), _fill(pads, kv_block, True)
-    keys = torch.arange(kv_pads.shape[1], dtype=torch.int32, device=pads.device)
+    queries, keys = keys[: query_pads.shape[1]], _fill(keys, kv_block)  # counted from 0
     # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
     of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
     of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
@@ -306,19 +310,18 @@ def _find_tiles(
         first = torch.add(_fill(first, q_block), q_pads, alpha=_BEYOND)
         tables.append(first)
         comparisons.append((of_columns(torch.add(keys, kv_pads, alpha=-_BEYOND)), of_rows(first)))
-    if until is not None:  # as a number of the queries given, which are counted from 0
-        until = _fill(until.clamp(max=pads.shape[1] - 1).int() - queries[:1], kv_block)
-        until = torch.add(until, kv_pads, alpha=-_BEYOND)
-        query = torch.add(_fill(queries - queries[:1], q_block), q_pads, alpha=_BEYOND)
+    if until is not None:
+        until = torch.add(_fill(until, kv_block), kv_pads, alpha=-_BEYOND)
+        query = torch.add(_fill(queries, q_block), q_pads, alpha=_BEYOND)
         tables.append(until)
         comparisons.append((of_columns(until), of_rows(query)))
 
+    # The two rules of the docstring above.
+    some = reduce(and_, [high_max >= low_min for (_, high_max), (low_min, _) in comparisons])
     if decodes:
-        some = reduce(and_, [high_max >= low_min for (_, high_max), (low_min, _) in comparisons])
         return tables, [*_list_tiles(some[None])]
-    # "Some pair" and "every pair" share the first dimension here, (2, B, 1, rows, columns), to save launches.
-    tiles = reduce(and_, [torch.stack(high[::-1]) >= torch.stack(low) for high, low in comparisons])
-    tiles[0].bitwise_xor_(tiles[1])  # partial: some, but not every
+    every = reduce(and_, [high_min >= low_max for (high_min, _), (_, low_max) in comparisons])
+    tiles = torch.stack((some ^ every, every))  # partial and full, (2, B, 1, rows, columns)
     by_query = _list_tiles(tiles)
     tiles = tiles.mT.contiguous()
     return tables, [*by_query, *_list_tiles(tiles)]
@@ -355,13 +358,13 @@ _opaque_find_tiles = torch.library.custom_op("causal_padded::find_tiles", _find_
 
 
 @_opaque_find_tiles.register_fake
-def _(first, last, until, queries, pads, query_pads, q_block, kv_block, decodes):
+def _(first, last, until, keys, pads, query_pads, q_block, kv_block, decodes):
     """The shapes of the results, in terms that hold for all lengths."""
     (batch_size, kv_len), q_len = pads.shape, query_pads.shape[1]
     rows, columns = (q_len + q_block - 1) // q_block, (kv_len + kv_block - 1) // kv_block
     q_filled = q_len if decodes and pads.is_cuda and q_len < kv_len else rows * q_block
     tables = [x.new_empty(batch_size, q_filled) for x in (last, first) if x is not None]
-    tables += [] if until is None else [queries.new_empty(batch_size, columns * kv_block)]
+    tables += [] if until is None else [until.new_empty(batch_size, columns * kv_block)]
     lists, int32 = [], {"dtype": torch.int32}
     for n, m in ((rows, columns), (columns, rows)):
         lists += [

@@ -246,15 +246,15 @@ def test_defaults(device: str) -> None:
 @pytest.mark.parametrize(("q_len", "decodes"), [(700, False), (384, False), (7, False), (7, True), (1, True)])
 def test_the_operator_that_hides_the_tiles_from_the_compiler(device: str, q_len: int, decodes: bool) -> None:
     pads = torch.rand(2, 700, device=device) < 0.3
-    last = torch.arange(700 - q_len, 700, device=device, dtype=torch.int32)
-    until = torch.full((2, 700), 650, device=device)
+    keys = torch.arange(700, device=device, dtype=torch.int32)
+    last, until = keys[-q_len:], torch.full((2, 700), 650 - (700 - q_len), device=device, dtype=torch.int32)
     for first, some_until in (
         (None, None),
         (last.expand(2, -1) - 50, None),
         (last - 50, until),
         (None, until),
     ):
-        arguments = (first, last, some_until, last, pads, pads[:, -q_len:], 128, 64, decodes)
+        arguments = (first, last, some_until, keys, pads, pads[:, -q_len:], 128, 64, decodes)
         torch.library.opcheck(torch.ops.causal_padded.find_tiles.default, arguments)
 
 
