@@ -166,7 +166,7 @@ def create_causal_padding_block_mask(
     elif padding_side is not None:
         first, last = _leave_out_padding(first, last, pads, padding_side)
     if until is not None:  # counted as the queries that are given, from 0
-        until = until.clamp(max=_END).int() - queries[:1]
+        until = until.long().clamp(max=_END).int() - queries[:1]
     return _build_from_runs(first, last, until, keys, pads, query_pads, blocks, padding_side, rules)
 
 

@@ -270,6 +270,17 @@ def test_pads_in_any_layout(device: str, q_len: int) -> None:
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("name", ["documents", "spans", "until"])
+def test_integers_of_any_size(device: str, dtype: torch.dtype, name: str) -> None:
+    numbers = torch.arange(120, device=device).expand(2, -1) // 40 * 40 + 39  # until: the end of its forty
+    pads = torch.rand(2, 120, device=device) < 0.2
+    plain = create_causal_padding_block_mask(pads, **{name: numbers}, BLOCK_SIZE=16)
+    small = create_causal_padding_block_mask(pads, **{name: numbers.to(dtype)}, BLOCK_SIZE=16)
+    assert_same_block_mask(small, plain)
+
+
 def test_without_padding_it_is_the_causal_mask() -> None:
     ours = create_causal_padding_block_mask(torch.zeros(1, 1000, dtype=torch.bool))
     assert_same_block_mask(ours, create_block_mask(causal, 1, None, 1000, 1000, device="cpu"))
