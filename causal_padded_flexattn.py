@@ -23,13 +23,14 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, reduce
-from operator import and_
+from operator import add, and_, eq, floordiv, ge, gt, le, lt, sub
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask, flex_attention
+from torch.overrides import TorchFunctionMode
 
 _END = 2**29  # a place behind the end of every sequence
 _BEYOND = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
@@ -1047,9 +1048,12 @@ def transformers_block_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Any = None, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any,
 ) -> BlockMask:  # fmt: skip
-    """Build the causal, sliding-window and bidirectional masks of transformers in closed form.
+    """Build the masks of transformers in closed form.
 
-    Any other mask is left to the function of transformers that this one stands in for.
+    The mask function is called once, with stand-ins for its arguments that work out the run of keys of each
+    query. A mask that is no such run, or that does what the stand-ins do not know, is left to the function of
+    transformers that this one stands in for. Whether the numbers of packed sequences or of images make runs
+    is read from the device. In a compiled model it is asserted there instead.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: what transformers passes to its
@@ -1062,43 +1066,252 @@ def transformers_block_mask(
         A BlockMask of shape (B, 1, L, S). Padded queries of a causal mask see nothing here; in transformers
         they see the keys before them.
     """
-    from transformers import masking_utils as theirs
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        flex_attention_mask,
+    )  # fmt: skip
 
-    def is_window(make: str) -> bool:
-        makes = getattr(theirs, make, None)  # some versions lack one of them
-        return local is not None and makes is not None and _are_same(mask_function, makes(local))
-
-    local: Any = kwargs.get("local_size")
-    window = None
-    is_causal = mask_function in (None, theirs.causal_mask_function)
-    both_ways = mask_function is theirs.bidirectional_mask_function
-    if is_window("sliding_window_causal_mask_function"):
-        window, is_causal = local, True
-    elif is_window("sliding_window_bidirectional_mask_function") and q_length == kv_length:
-        window = local + 1  # transformers counts the tokens on each side
-    if not (is_causal or both_ways or window):
-        sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
-        return theirs.flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore
     if attention_mask is None:
         pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
         pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
         pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
-    if both_ways:  # the queries may be other tokens than the keys, and nothing says which are padding
-        query_pads = pads.new_zeros(batch_size, q_length)
-        return create_causal_padding_block_mask(pads, causal=False, query_pads=query_pads)
     offset = q_offset - kv_offset if kv_offset else q_offset
     offset = offset.reshape(()) if isinstance(offset, Tensor) else offset  # (1,) in some versions
-    return create_causal_padding_block_mask(pads, q_length, q_offset=offset, causal=is_causal, window=window)
+    # A decoder makes this one at every step, so it goes the shortest way.
+    if mask_function in (None, causal_mask_function):
+        return create_causal_padding_block_mask(pads, q_length, q_offset=offset)
+    keys, queries = (torch.arange(n, dtype=torch.int32, device=device) for n in (kv_length, q_length))
+    queries = queries + offset  # (L,), their places among the keys
+    if mask_function is bidirectional_mask_function or "allow_is_bidirectional_skip" in kwargs:
+        # They may be other tokens than the keys, and nothing says which of them are padding.
+        query_pads = pads.new_zeros(batch_size, q_length)
+    else:
+        query_pads = pads.index_select(1, queries)
+    try:
+        first, last, is_run = _find_runs_of(mask_function, keys, queries, kv_offset, pads)
+        is_run = is_run if is_run is True else torch.all(is_run | query_pads)
+        if is_run is not True and torch.compiler.is_compiling():
+            torch._assert_async(is_run, "a query does not see one run of keys: use sdpa")
+        elif not is_run:
+            raise TypeError
+    except Exception:  # what a mask function does to a stand-in may fail in any way
+        if isinstance(q_offset, Tensor):
+            q_offset = q_offset.clone()  # a static cache moves it before attention asks this mask
+        sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
+        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore
+    return _build_from_runs(first, last, None, keys, pads, query_pads, (128, 128))
 
 
-def _are_same(x, y):
-    """Whether two functions, or what they capture, are the same code with the same values."""
-    if hasattr(x, "__code__") and hasattr(y, "__code__"):
-        x, y = ((f.__code__, *(cell.cell_contents for cell in f.__closure__ or ())) for f in (x, y))
-    if isinstance(x, tuple) and isinstance(y, tuple):
-        return len(x) == len(y) and all(map(_are_same, x, y))
-    return x is y or (type(x) is type(y) is int and x == y)
+def _find_runs_of(mask_function, keys, queries, kv_offset, pads):
+    """The first and the last key that each query sees by a mask function of transformers, and if that is all.
+
+    (B or 1, L) each. A first of None stands for 0. What is True is so for all queries.
+    """
+    numbers = lambda places: places[None] + kv_offset if kv_offset else places[None]
+    batch = torch.arange(pads.shape[0], dtype=torch.int32, device=pads.device)[:, None]
+    query, key = _Numbers("query", numbers(queries)), _Numbers("key", numbers(keys))
+    key.offset = kv_offset
+    with _LookUp(queries, pads):
+        run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
+    first, last = (x if isinstance(x, Tensor) else queries.new_full((1, 1), x) for x in (run.first, run.last))
+    first, last = (x if x.dtype == torch.int32 else x.clamp(-1, _END).int() for x in (first, last))
+    first = first.expand(-1, queries.shape[0]) if isinstance(run.first, Tensor) else None
+    return first, last.expand(-1, queries.shape[0]), run.high == _END
+
+
+class _StandIn:
+    """Stands for an argument of a mask function, and for what comes of it. What it does not know raises."""
+
+    device = None
+
+    def __eq__(self, other):
+        raise TypeError
+
+    def __bool__(self):
+        raise TypeError
+
+
+class _Numbers(_StandIn):
+    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S)."""
+
+    def __init__(self, side, values, queries=None):
+        self.side, self.values = side, values
+        self.offset = None  # of the keys: how much a number is larger than the place, if it is always so
+        self.queries = queries  # of the keys: None if the numbers never fall, else the places of the queries
+
+    def _with(self, operation, other):
+        if isinstance(other, _Numbers) and other.side == "batch":
+            other = other.values
+        elif not _is_int(other):
+            raise TypeError
+        return _Numbers(self.side, operation(self.values, other), self.queries)
+
+    def __floordiv__(self, size):
+        if not (_is_int(size) and size > 0):
+            raise TypeError
+        return self._with(floordiv, size)
+
+    def __sub__(self, other):
+        is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
+        return _Difference(self, other) if is_difference else self._with(sub, other)
+
+    __add__ = lambda self, other: self._with(add, other)
+    __lt__ = lambda self, other: _compare(self, lt, other)
+    __le__ = lambda self, other: _compare(self, le, other)
+    __gt__ = lambda self, other: _compare(self, gt, other)
+    __ge__ = lambda self, other: _compare(self, ge, other)
+    __eq__ = lambda self, other: _compare(self, eq, other)
+    new_ones = lambda self, *args, **kwargs: _Run()
+    new_zeros = lambda self, *args, **kwargs: _Nothing()
+
+
+class _Difference(_StandIn):
+    def __init__(self, query, key):
+        self.query, self.key = query, key
+
+    __abs__ = lambda self: _Distance(self.query, self.key)
+
+
+class _Distance(_Difference):
+    __le__ = lambda self, most: (self.key >= self.query - most) & (self.key <= self.query + most)
+    __lt__ = lambda self, limit: self <= limit - 1
+
+
+class _Nothing(_StandIn):
+    __or__ = lambda self, run: _as_run(run)  # it is what a union begins with
+
+
+class _Run(_StandIn):
+    """The keys from first to last, (B or 1, L or 1), or a number where there is no limit.
+
+    That is known for the keys from low to high, and for all where high is _END.
+    """
+
+    def __init__(self, first=0, last=_END, low=0, high=_END):
+        self.first, self.last, self.low, self.high = first, last, low, high
+
+    to = lambda self, device: self
+
+    def __and__(self, other):
+        other = _as_run(other)
+        first, last = (
+            _pick(torch.maximum, self.first, other.first),
+            _pick(torch.minimum, self.last, other.last),
+        )
+        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
+        for x, y in ((self, other), (other, self)):
+            if isinstance(x.high, Tensor):
+                # What x does not know does not matter where y, which must be known, allows nothing.
+                settled = (y.first > y.last) | (x.low <= y.first) & (y.last <= x.high)
+                settled = settled & (y.high == _END)
+                low, high = torch.where(settled, 0, low), torch.where(settled, _END, high)
+        return _Run(first, last, low, high)
+
+    def __or__(self, other):
+        other, ends = _as_run(other), []
+        for run in (self, other):
+            if not isinstance(run.first, Tensor) and not isinstance(run.last, Tensor):
+                return run  # all keys
+            is_empty = (run.last < run.first) | (run.last < 0)
+            ends.append((torch.where(is_empty, _END, run.first), torch.where(is_empty, -1, run.last)))
+        (first, last), (begin, end) = ends
+        # It is one run if the two overlap or touch, or if one of them is empty.
+        is_one = (first <= end + 1) & (begin <= last + 1) | (last < 0) | (end < 0)
+        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
+        high = torch.where(is_one, high, -1)
+        return _Run(torch.minimum(first, begin), torch.maximum(last, end), low, high)
+
+
+def _pick(choose, x, y):
+    return x if not isinstance(y, Tensor) else y if not isinstance(x, Tensor) else choose(x, y)
+
+
+def _as_run(x):
+    if (
+        isinstance(x, Tensor)
+        and x.dim() == 0
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x
+    ):
+        return _Run()
+    if not isinstance(x, _Run):
+        raise TypeError
+    return x
+
+
+def _compare(x, how, y):
+    """The keys for which numbers of the queries, or of the batch, compare so with numbers of the keys."""
+    if isinstance(y, _Numbers) and y.side == "key":
+        x, how, y = y, {lt: gt, le: ge, gt: lt, ge: le, eq: eq}[how], x
+    if _is_int(y):
+        y = _Numbers("batch", torch.full_like(x.values[:1, :1], y))
+    if not isinstance(y, _Numbers) or y.side == "key":
+        raise TypeError
+    if x.side != "key":  # all keys, or none
+        return _Run(0, torch.where(how(x.values, y.values), _END, -1))
+    low, high = 0, _END
+    if x.offset is not None:
+        begin = end = y.values - x.offset if x.offset else y.values
+    else:
+        keys, wanted = x.values.long(), y.values.long()
+        if x.queries is not None:
+            keys, wanted, low, high = _sort(keys, wanted, x.queries, how)
+        begin, end = _search(keys, wanted), _search(keys, wanted, right=True) - 1
+    first = begin if how in (ge, eq) else end + 1 if how is gt else 0
+    last = end if how in (le, eq) else begin - 1 if how is lt else _END
+    return _Run(first, last, low, high)
+
+
+def _sort(keys, wanted, queries, how):
+    """Numbers of the keys that may fall, made to rise, those wanted among them, and where that is right."""
+    # Where numbers fall a piece begins. A query looks in the piece that it stands in, and knows of no other.
+    steps, own = keys.diff(), queries.clamp(0, keys.shape[1] - 1).long().expand(keys.shape[0], -1)
+    pieces = F.pad((steps < 0).cumsum(1), (1, 0))
+    piece = pieces.gather(1, own)
+    low, high = _search(pieces, piece), _search(pieces, piece, right=True) - 1
+    if how is eq:
+        # Each number that is not negative has one place, if it is larger than all before where it begins.
+        again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
+        once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
+        low, high = torch.where(once, 0, low), torch.where(once, _END, high)
+    fit = (keys == keys.int()).all() & (
+        wanted == wanted.int()
+    ).all()  # in 32 bits: the piece takes the others
+    return keys + (pieces << 32), wanted + (piece << 32), low, torch.where(fit, high, -1)
+
+
+def _search(keys, wanted, **side):
+    rows = max(keys.shape[0], wanted.shape[0])
+    keys, wanted = (x.expand(rows, -1).contiguous() for x in (keys, wanted))
+    return torch.searchsorted(keys, wanted, out_int32=True, **side)
+
+
+class _LookUp(TorchFunctionMode):
+    """While it is entered, a tensor takes stand-ins as its index: table[batch, key]."""
+
+    def __init__(self, queries, pads):
+        super().__init__()
+        self.queries, self.pads = queries, pads
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        index = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:2]
+        stand_ins = [x for x in index if isinstance(x, _StandIn)]
+        if function is not torch.Tensor.__getitem__ or not stand_ins:
+            return function(*args, **(kwargs or {}))
+        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
+        sides = {x.side for x in stand_ins} - {"batch"}
+        if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
+            raise TypeError
+        if "key" not in sides:
+            return _Numbers("query" if sides else "batch", numbers)
+        # Padding does not matter, and may have any number: it gets that of the real token before it.
+        places = torch.arange(self.pads.shape[1], device=self.pads.device).expand_as(self.pads)
+        real = places.masked_fill(self.pads, -1).cummax(1).values
+        numbers = numbers.long().expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
+        return _Numbers("key", numbers, self.queries)
 
 
 def transformers_attention(

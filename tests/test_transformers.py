@@ -1,13 +1,18 @@
 """Models of transformers on this module's masks and kernels give what they give with sdpa, or eager."""
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import DEVICES, explicit_mask
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import masking_utils
 
 import causal_padded_flexattn
@@ -22,23 +27,42 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "head_dim": 16,
+    "pad_token_id": 0,
 }
+PLAIN = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8, "vocab_size": 97}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+SEQ2SEQ = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4} | ENDS
+SEQ2SEQ |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 97}
+SEQ2SEQ |= {"pad_token_id": 0, "decoder_start_token_id": 1}
+DECODERS = ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3", "llama4"]
+IMAGES = ["gemma3_images", "paligemma"]
+ENCODERS = ["bert", "modernbert"]
+BOTH = ["bart", "t5", "whisper"]  # an encoder and a decoder
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch, stock_afterwards: None) -> list[dict]:
-    """Registers this module, and lists how each block mask was made in closed form; no other may be made."""
+def handed_over(monkeypatch: pytest.MonkeyPatch, stock_afterwards: None) -> list[dict]:
+    """Registers this module, and lists the masks that it leaves to the function of transformers."""
     calls: list[dict] = []
-    build = causal_padded_flexattn.create_causal_padding_block_mask
+    theirs = masking_utils.flex_attention_mask
 
     def counted(*args, **kwargs):
         calls.append(kwargs)
-        return build(*args, **kwargs)
+        return theirs(*args, **kwargs)
 
-    monkeypatch.setattr(causal_padded_flexattn, "create_causal_padding_block_mask", counted)
+    monkeypatch.setattr(masking_utils, "flex_attention_mask", counted)
     register_transformers()
     return calls
+
+
+@pytest.fixture
+def only_listed(handed_over: list[dict], monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The same, and does not make them, which would compile."""
+    monkeypatch.setattr(masking_utils, "flex_attention_mask", lambda *_, **kwargs: handed_over.append(kwargs))
+    return handed_over
 
 
 @pytest.fixture(autouse=True)
@@ -46,30 +70,42 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def make_model(kind: str, device: str, way: str, window: int = 24) -> torch.nn.Module:
+def make_model(kind: str, device: str, way: str, window: int = 24, **more) -> torch.nn.Module:
     torch.manual_seed(1)
-    if kind == "mistral":
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=window))
-    elif kind == "gemma2":
-        softcapped = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
-        config = transformers.Gemma2Config(**SIZES, **LAYERS, **softcapped, sliding_window=window)
-        model = transformers.Gemma2ForCausalLM(config)
-    elif kind == "gemma3":
-        config = transformers.Gemma3TextConfig(
-            **SIZES, **LAYERS, query_pre_attn_scalar=16, sliding_window=window
-        )
-        model = transformers.Gemma3ForCausalLM(config)
-    elif kind == "gpt_oss":
-        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-        config = transformers.GptOssConfig(**SIZES, **LAYERS, **experts, sliding_window=window)
-        model = transformers.GptOssForCausalLM(config)
-    elif kind == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES))
-    elif kind == "bert":
-        sizes = {key: size for key, size in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
-    else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    text = {**SIZES, **LAYERS, "query_pre_attn_scalar": 16, "sliding_window": window}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    name, config = {
+        "llama": ("Llama", SIZES),
+        "qwen3": ("Qwen3", SIZES),
+        "mistral": ("Mistral", {**SIZES, "sliding_window": window}),
+        "gemma2": ("Gemma2", {**text, "attn_logit_softcapping": 5.0}),
+        "gemma3": ("Gemma3Text", text),
+        "gemma3_images": ("Gemma3", {"text_config": text, "vision_config": VISION, "mm_tokens_per_image": 4}),
+        "paligemma": ("PaliGemma", {"text_config": SIZES, "vision_config": VISION, "image_token_index": 96}),
+        "gpt_oss": ("GptOss", {**SIZES, **LAYERS, **experts, "sliding_window": window}),
+        "llama4": (
+            "Llama4Text",
+            {**SIZES, **experts, "intermediate_size_mlp": 96, "attention_chunk_size": window},
+        ),
+        "bert": ("Bert", PLAIN),
+        "modernbert": (
+            "ModernBert",
+            {**PLAIN, **ENDS, "cls_token_id": 1, "sep_token_id": 2}
+            | {"local_attention": window, "global_attn_every_n_layers": 2},
+        ),
+        "bart": ("Bart", {**SEQ2SEQ, "max_position_embeddings": 512}),
+        "whisper": ("Whisper", {**SEQ2SEQ, "max_source_positions": 60, "num_mel_bins": 8}),
+        "t5": (
+            "T5",
+            {**ENDS, "vocab_size": 97, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+            | {"pad_token_id": 0, "decoder_start_token_id": 1},
+        ),
+    }[kind]
+    head = "ForMaskedLM" if kind in ENCODERS else "ForCausalLM"
+    if kind in [*IMAGES, *BOTH]:
+        head = "ForConditionalGeneration"
+    make = getattr(transformers, name.removesuffix("Text") + head)
+    model = make(getattr(transformers, f"{name}Config")(**config, **more))
     model.set_attn_implementation(way)
     if kind == "gpt_oss":  # which they leave unset
         for name, parameter in model.named_parameters():
@@ -81,79 +117,111 @@ def make_batch(side: str, device: str, length: int = 150) -> tuple[Tensor, Tenso
     lengths = torch.tensor([[length], [length - 29], [3]])
     place = torch.arange(length)
     attention_mask = place < lengths if side == "right" else place >= length - lengths
-    return torch.randint(3, 97, (3, length)).to(device), attention_mask.long().to(device)
+    return torch.randint(3, 96, (3, length)).to(device), attention_mask.long().to(device)
+
+
+def make_images(attention_mask: Tensor, kind: str) -> Tensor:
+    """token_type_ids: three images in each row, or a prefix of zeros."""
+    places = attention_mask.cumsum(1) - 1
+    if kind == "paligemma":
+        return ((places >= 40) & (attention_mask == 1)).long()
+    images = (
+        ((places >= 2) & (places < 12)) | ((places >= 20) & (places < 80)) | (places >= 85) & (places < 90)
+    )
+    return (images & (attention_mask == 1)).long()
+
+
+def inputs_of(kind: str, padding: str, device: str, length: int = 150) -> tuple[dict, Tensor]:
+    """What a model is called with, and which of its logits count."""
+    input_ids, attention_mask = make_batch("left" if padding == "left" else "right", device, length)
+    real, given = attention_mask.bool(), {"input_ids": input_ids, "attention_mask": attention_mask}
+    if padding == "packed":
+        real, given = torch.ones_like(real), {"input_ids": input_ids}
+        lengths = torch.tensor([[29], [41], [1000]], device=device)  # of the documents of each row
+        given["position_ids"] = torch.arange(length, device=device) % lengths
+    if kind in IMAGES:
+        given["token_type_ids"] = make_images(real.long(), kind)
+    if kind == "paligemma":
+        given["labels"] = input_ids  # in training alone its prefix is seen both ways
+    if kind == "whisper":  # the padding is the decoder's
+        given = {
+            "input_features": torch.randn(3, 8, 120).to(device),
+            "decoder_attention_mask": given["attention_mask"],
+        }
+    if kind in BOTH:
+        given["decoder_input_ids"] = torch.randint(3, 96, (3, length)).to(device)
+        real = real if kind == "whisper" else torch.ones_like(real)
+    return given, real
+
+
+def is_theirs_alone(kind: str, padding: str) -> bool:
+    """transformers looks packed images up at the places that tokens have in their own documents."""
+    remaps = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    return remaps and (kind, padding) == ("gemma3_images", "packed")
 
 
 def other_way(kind: str) -> str:
     return "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"  # which knows no soft cap, and no sinks
 
 
-def windows(calls: list[dict]) -> list[int | None]:
-    return [call.get("window") for call in calls]
+PADDED = [(kind, padding) for kind in [*DECODERS, *IMAGES, *ENCODERS, *BOTH] for padding in ("right", "left")]
+PADDED += [(kind, "packed") for kind in [*DECODERS, *IMAGES]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("window", [24, 1000])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "bert"])
-def test_logits(kind: str, window: int, side: str, device: str, built: list) -> None:
-    if kind in ("llama", "bert") and window != 24:
+@pytest.mark.parametrize(("kind", "padding"), PADDED)
+def test_logits(kind: str, padding: str, window: int, device: str, handed_over: list) -> None:
+    if kind in ("llama", "qwen3", "paligemma", "bert", *BOTH) and window != 24:
         pytest.skip("has no window")
+    models = [make_model(kind, device, way, window) for way in ("flex_attention", other_way(kind))]
     for length in (40, 100, 150):  # torch 2.11, left to itself, has no kernel for the second
-        built.clear()
-        input_ids, attention_mask = make_batch(side, device, length)
+        given, real = inputs_of(kind, padding, device, length)
         with torch.no_grad():
-            logits, expected = (
-                make_model(kind, device, way, window)(input_ids, attention_mask=attention_mask).logits
-                for way in ("flex_attention", other_way(kind))
-            )
-        real = attention_mask.bool()
+            logits, expected = (model(**given).logits for model in models)
         torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
-        if kind == "mistral":
-            assert windows(built) == [window]
-        elif kind in ("llama", "bert"):
-            assert windows(built) == [None]
-            assert ("query_pads" in built[0]) == (kind == "bert")
-        else:
-            assert sorted(windows(built), key=str) == [window, None]
+    assert not handed_over or is_theirs_alone(kind, padding)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_loss_and_gradients(kind: str, side: str, device: str, built: list) -> None:
-    input_ids, attention_mask = make_batch(side, device)
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, 1:][attention_mask[:, :-1] == 0] = -100  # told by a padded query, which transformers lets see
+@pytest.mark.parametrize(("kind", "padding"), PADDED)
+def test_loss_and_gradients(kind: str, padding: str, device: str, handed_over: list) -> None:
+    given, real = inputs_of(kind, padding, device)
     losses, gradients = [], []
     for way in ("flex_attention", other_way(kind)):
-        model = make_model(kind, device, way).train()
-        losses.append(model(input_ids, attention_mask=attention_mask, labels=labels).loss)
-        gradients.append(torch.autograd.grad(losses[-1], list(model.parameters()), allow_unused=True))
+        model = make_model(kind, device, way)  # not .train(), for dropout
+        logits = model(**given).logits[real]  # of padded queries transformers lets see what is before them
+        losses.append((logits * torch.linspace(-1, 1, logits.shape[-1], device=device)).exp().mean())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append(torch.autograd.grad(losses[-1], trained, allow_unused=True))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
-    assert len(built) == (1 if kind in ("llama", "mistral") else 2)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    assert not handed_over or is_theirs_alone(kind, padding)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss"])
-def test_generate(kind: str, device: str, cache: str, built: list) -> None:
-    input_ids, attention_mask = make_batch("left", device, length=40)
+@pytest.mark.parametrize("kind", [*DECODERS, *IMAGES, *BOTH])
+def test_generate(kind: str, device: str, cache: str, handed_over: list) -> None:
+    given, _ = inputs_of(kind, "left", device, length=40)
+    for name in ("labels", "decoder_input_ids", "decoder_attention_mask"):
+        given.pop(name, None)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"disable_compile": True, "cache_implementation": cache} if cache == "static" else {}
     tokens, expected = (
-        make_model(kind, device, way).generate(input_ids, attention_mask=attention_mask, **options)
+        make_model(kind, device, way).generate(**given, **options)
         for way in ("flex_attention", other_way(kind))
     )
     assert torch.equal(tokens, expected)
-    assert len(built) == 12 * (1 if kind in ("llama", "mistral") else 2)
-    assert windows(built).count(24) == (0 if kind == "llama" else 12)
+    assert not handed_over
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_autocast_reaches_the_kernels(device: str, built: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_reaches_the_kernels(
+    device: str, handed_over: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtypes = set()
     attend = causal_padded_flexattn._attend
 
@@ -175,7 +243,7 @@ def test_autocast_reaches_the_kernels(device: str, built: list, monkeypatch: pyt
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boolean", [True, False])
-def test_a_dense_mask(device: str, boolean: bool, built: list) -> None:
+def test_a_dense_mask(device: str, boolean: bool, handed_over: list) -> None:
     """One of four dimensions, which transformers hands on as it is."""
     input_ids, attention_mask = make_batch("right", device)
     dense = explicit_mask(attention_mask == 0)[:, None] | torch.eye(150, dtype=torch.bool, device=device)
@@ -187,11 +255,10 @@ def test_a_dense_mask(device: str, boolean: bool, built: list) -> None:
         expected = make_model("llama", device, "sdpa")(input_ids, attention_mask=attention_mask)
     real = attention_mask.bool()
     torch.testing.assert_close(logits.logits[real], expected.logits[real], rtol=1e-4, atol=1e-5)
-    assert not built
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_models_with_another_soft_cap_in_one_process(device: str, built: list) -> None:
+def test_models_with_another_soft_cap_in_one_process(device: str, handed_over: list) -> None:
     input_ids, attention_mask = make_batch("left", device)
     for cap in (5.0, 2.0, 9.0):
         models = [make_model("gemma2", device, way) for way in ("flex_attention", "eager")]
@@ -244,6 +311,185 @@ def test_without_attention_mask_nothing_is_padding() -> None:
     assert torch.equal(mask, explicit_mask(torch.zeros(2, 30, dtype=torch.bool), 10, 5))
 
 
+def every_pair(mask_function: Callable, pads: Tensor, q_length: int, q_offset: int, kv_offset: int) -> Tensor:
+    """(B, 1, L, S): a mask function at each pair, less what is padding."""
+    batch_size, total = pads.shape
+    queries, keys = torch.arange(q_offset, q_offset + q_length), torch.arange(kv_offset, total)
+    axes = torch.arange(batch_size)[:, None, None, None], torch.tensor(0), queries[:, None], keys
+    allowed = mask_function(*axes).expand(batch_size, 1, q_length, total - kv_offset)
+    return allowed & ~pads[:, None, None, kv_offset:] & ~pads[:, None, queries, None]
+
+
+def custom_functions(random: Random, batch_size: int, total: int) -> list[Callable]:
+    """What a user may write: with numbers of the tokens, of the sequence, and without."""
+    places = torch.tensor([[random.randrange(total) for _ in range(total)] for _ in range(batch_size)])
+    few = torch.tensor([[random.randrange(-2, 3) for _ in range(total)] for _ in range(batch_size)])
+    begin, flags = few[:, 0] * 3, few > 0
+    return [
+        lambda b, h, q, k: k <= places[b, q],
+        lambda b, h, q, k: q >= places[b, k],
+        lambda b, h, q, k: few[b, q] == few[b, k],
+        lambda b, h, q, k: few[b, q] + 1 == few[b, k],
+        lambda b, h, q, k: few[b, k] >= 0,
+        lambda b, h, q, k: few[b, k - 1] == few[b, q],
+        lambda b, h, q, k: (q - begin[b]) // 3 >= (k - begin[b]) // 3,
+        lambda b, h, q, k: abs(q - k) < 5,
+        lambda b, h, q, k: q - k <= 4,
+        lambda b, h, q, k: q == k,
+        lambda b, h, q, k: q != k,
+        lambda b, h, q, k: k > 5,
+        lambda b, h, q, k: k % 2 == 0,
+        lambda b, h, q, k: b == 1,
+        lambda b, h, q, k: ~(q >= k),
+        lambda b, h, q, k: (q >= k) ^ (k > 3),
+        lambda b, h, q, k: torch.where(q > k, q > 2, k > 2),
+        lambda b, h, q, k: flags[b, k],
+        lambda b, h, q, k: places[b, q] * 2**33 == places[b, k],
+        lambda *_: torch.tensor(True),
+    ]
+
+
+def theirs(random: Random, batch_size: int, total: int) -> list[Callable]:
+    """Masks of the library's own making, none of which may be handed over."""
+    window, chunk, begin = random.randint(1, 20), random.randint(1, 12), []
+    positions, images = [], []
+    for _ in range(batch_size):
+        begin.append(random.randrange(total))
+        row, image, numbers = [], -1, []
+        for _ in range(total):
+            jump = random.choices([0, 1, random.randint(2, 5)], [8, 88, 4])[0]
+            row.append(0 if not jump or not row else row[-1] + jump)
+            image = random.choices([image, -1, max([-1, *numbers]) + 1], [80, 10, 10])[0]
+            images_end = bool(numbers) and numbers[-1] != image and image in numbers
+            numbers.append(-1 if images_end else image)
+        positions.append(row)
+        images.append(numbers)
+    position_ids, block_ids = torch.tensor(positions), torch.tensor(images)
+    packed = (F.pad(position_ids.diff(), (1, 0), value=1) != 1).cumsum(1)
+    documents = masking_utils.packed_sequence_mask_function(packed)
+    both, either = masking_utils.and_masks, masking_utils.or_masks
+    sliding = masking_utils.sliding_window_causal_mask_function(window)
+    chunked = masking_utils.chunked_causal_mask_function(chunk, torch.tensor(begin))
+    remap = getattr(
+        masking_utils, "remap_positions_for_packed_sequence", lambda function, positions: function
+    )
+    own_images = masking_utils.blockwise_overlay(block_ids)
+    made = [sliding, masking_utils.sliding_window_bidirectional_mask_function(window)]
+    for function in (masking_utils.causal_mask_function, sliding, chunked):
+        inside = remap(function, position_ids)
+        made += [both(inside, documents), both(either(inside, own_images), documents)]
+        made += [either(function, own_images), either(both(function, documents), own_images), function]
+    overlay = masking_utils.sliding_window_overlay(window)
+    return [*made, both(either(masking_utils.causal_mask_function, own_images), overlay)]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(random=st.randoms(use_true_random=False), kind=st.sampled_from(["theirs", "custom", "nested"]))
+def test_a_mask_function_at_every_pair(random: Random, kind: str, only_listed: list) -> None:
+    batch_size, kv_length = random.randint(1, 3), random.randint(2, 50)
+    kv_offset, q_length = random.choice([0, 0, 7]), random.choice([kv_length, random.randint(1, kv_length)])
+    total = kv_offset + kv_length
+    functions = [*theirs(random, batch_size, total)]
+    if kind != "theirs":
+        functions = [random.choice(functions), *custom_functions(random, batch_size, total)]
+    function = random.choice(functions)
+    if kind == "nested":
+        join = random.choice([masking_utils.and_masks, masking_utils.or_masks])
+        function = join(function, random.choice(functions))
+    place = torch.arange(total)
+    pads = {
+        "none": torch.zeros(batch_size, total, dtype=torch.bool),
+        "right": place >= torch.tensor([[random.randint(1, total)] for _ in range(batch_size)]),
+        "left": place < torch.tensor([[random.randrange(total)] for _ in range(batch_size)]),
+        "holes": torch.tensor([[random.random() < 0.3 for _ in range(total)] for _ in range(batch_size)]),
+    }[random.choice(["none", "right", "left", "holes"])]
+    q_offset = total - q_length
+    only_listed.clear()
+    offset = random.choice([q_offset, torch.tensor(q_offset), torch.tensor([q_offset])])
+    block_mask = transformers_block_mask(batch_size, q_length, kv_length, offset, kv_offset, function, ~pads)
+    if only_listed:
+        assert kind != "theirs"
+        return
+    mask = create_mask(block_mask.mask_mod, batch_size, 1, q_length, kv_length, "cpu")
+    assert torch.equal(mask, every_pair(function, pads, q_length, q_offset, kv_offset))
+    tiles = create_block_mask(block_mask.mask_mod, batch_size, None, q_length, kv_length, "cpu")
+    listed = block_mask.kv_num_blocks + block_mask.full_kv_num_blocks
+    assert (tiles.kv_num_blocks + tiles.full_kv_num_blocks <= listed).all()
+
+
+COMES_BACK = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 2]])
+IN_ONE_PLACE = torch.tensor([[0, 0, 0, 1, 1, 4, 4, 2]])
+
+
+def test_a_number_that_comes_back_is_no_run(only_listed: list) -> None:
+    for numbers, is_theirs in (
+        (COMES_BACK, True),
+        (IN_ONE_PLACE, True),
+        (IN_ONE_PLACE.cummax(1).values, False),
+    ):
+        only_listed.clear()
+        function = masking_utils.packed_sequence_mask_function(numbers)
+        transformers_block_mask(1, 8, 8, mask_function=function)
+        assert bool(only_listed) == is_theirs
+    # Not among images, that are not seen from each other's place, nor where only padding has it.
+    only_listed.clear()
+    transformers_block_mask(
+        1, 8, 8, 0, 0, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, 1, 1, -1, -1]]))
+    )
+    function = masking_utils.packed_sequence_mask_function(COMES_BACK)
+    transformers_block_mask(1, 8, 8, 0, 0, function, torch.arange(8)[None] < 5)
+    assert not only_listed
+
+
+def test_in_a_graph_a_number_that_comes_back_is_an_error(handed_over: list) -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def build(numbers: Tensor) -> Tensor:
+        function = masking_utils.packed_sequence_mask_function(numbers)
+        return transformers_block_mask(1, 8, 8, mask_function=function).kv_num_blocks
+
+    build(IN_ONE_PLACE.cummax(1).values)
+    with pytest.raises(RuntimeError, match="a query does not see one run of keys: use sdpa"):
+        build(COMES_BACK)
+    assert not handed_over
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "llama4", *ENCODERS])
+@pytest.mark.parametrize("padding", ["right", "packed"])
+def test_compiled_whole(kind: str, padding: str, handed_over: list) -> None:
+    if kind in ENCODERS and padding == "packed":
+        pytest.skip("has no position_ids")
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model, stock = (make_model(kind, "cpu", way) for way in ("flex_attention", "sdpa"))
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (129, 140, 150, 160, 256, 300):
+        given, real = inputs_of(kind, padding, "cpu", length)
+        given |= {} if kind in ENCODERS else {"use_cache": False}
+        with torch.no_grad():
+            logits, expected = (way(**given).logits for way in (compiled, stock))
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 4 and not handed_over
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("padding", ["right", "packed"])
+def test_compiled_whole_it_trains(padding: str, handed_over: list) -> None:
+    torch.compiler.reset()
+    model, stock = (make_model("gemma3", "cuda", way) for way in ("flex_attention", "sdpa"))
+    compiled = torch.compile(model, fullgraph=True)
+    for length in (130, 200, 300):
+        given, real = inputs_of("gemma3", padding, "cuda", length)
+        gradients = []
+        for way in (compiled, stock):
+            loss = way(**given, use_cache=False).logits[real].square().mean()
+            gradients.append(
+                torch.autograd.grad(loss, list((model if way is compiled else stock).parameters()))
+            )
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    assert not handed_over
+
+
 def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {}
 
@@ -257,7 +503,9 @@ def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     window: Callable = masking_utils.sliding_window_causal_mask_function(8)
     window = masking_utils.and_masks(window, lambda *place: place[3] % 2 == 0)
     attention_mask, more = torch.ones(2, 16), {"allow_is_causal_skip": False, "local_size": 8}
-    result = transformers_block_mask(2, 4, 16, 12, 1, window, attention_mask, "cpu", **more)
+    offset = torch.tensor(12)
+    result = transformers_block_mask(2, 4, 16, offset, 1, window, attention_mask, "cpu", **more)
+    offset += 1  # as a static cache does, before attention asks the mask
     assert result == "theirs"
     sizes = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")
     assert [given[name] for name in sizes] == [2, 4, 16, 12, 1]
@@ -265,21 +513,11 @@ def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given["device"] == "cpu" and given["kwargs"] == more
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_a_window_is_the_one_of_local_size(kind: str) -> None:
-    make = getattr(masking_utils, f"sliding_window_{kind}_mask_function", None)
-    if make is None:
-        pytest.skip("this version has none")
-    pads = torch.zeros(2, 40, dtype=torch.bool)
-    pads[0, 25:] = True
-    block_mask = transformers_block_mask(2, 40, 40, 0, 0, make(8), ~pads, local_size=8)
-    seen = explicit_mask(pads, causal=kind == "causal", window=8 if kind == "causal" else 9)
-    assert torch.equal(create_mask(block_mask.mask_mod, 2, 1, 40, 40, "cpu")[:, 0], seen)
-    theirs = create_mask(
-        masking_utils.and_masks(make(8), masking_utils.padding_mask_function(~pads)), 2, 1, 40, 40, "cpu"
-    )
-    assert torch.equal(theirs[:, 0][~pads], seen[~pads])
-    assert not causal_padded_flexattn._are_same(make(8), make(9))
+def test_a_window_of_none_is_empty() -> None:
+    """Some configurations have one of 0, which no layer uses."""
+    function = masking_utils.sliding_window_causal_mask_function(0)
+    block_mask = transformers_block_mask(1, 9, 9, mask_function=function)
+    assert not create_mask(block_mask.mask_mod, 1, 1, 9, 9, "cpu").any()
 
 
 def test_cross_attention_of_equal_lengths_masks_no_query() -> None:
