@@ -1066,11 +1066,8 @@ def transformers_block_mask(
         A BlockMask of shape (B, 1, L, S). Padded queries of a causal mask see nothing here; in transformers
         they see the keys before them.
     """
-    from transformers.masking_utils import (
-        bidirectional_mask_function,
-        causal_mask_function,
-        flex_attention_mask,
-    )  # fmt: skip
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.masking_utils import flex_attention_mask as theirs  # as it is now: it may be replaced
 
     if attention_mask is None:
         pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -1093,14 +1090,16 @@ def transformers_block_mask(
         first, last, is_run = _find_runs_of(mask_function, keys, queries, kv_offset, pads)
         is_run = is_run if is_run is True else torch.all(is_run | query_pads)
         if is_run is not True and torch.compiler.is_compiling():
-            torch._assert_async(is_run, "a query does not see one run of keys: use sdpa")
+            torch._assert_async(
+                is_run, "a query does not see one run of keys: use sdpa"
+            )  # has no public name
         elif not is_run:
             raise TypeError
     except Exception:  # what a mask function does to a stand-in may fail in any way
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.clone()  # a static cache moves it before attention asks this mask
         sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
-        return flex_attention_mask(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore
+        return theirs(*sizes, mask_function, attention_mask, device, **kwargs)  # type: ignore
     return _build_from_runs(first, last, None, keys, pads, query_pads, (128, 128))
 
 
@@ -1115,10 +1114,11 @@ def _find_runs_of(mask_function, keys, queries, kv_offset, pads):
     key.offset = kv_offset
     with _LookUp(queries, pads):
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
-    first, last = (x if isinstance(x, Tensor) else queries.new_full((1, 1), x) for x in (run.first, run.last))
-    first, last = (x if x.dtype == torch.int32 else x.clamp(-1, _END).int() for x in (first, last))
-    first = first.expand(-1, queries.shape[0]) if isinstance(run.first, Tensor) else None
-    return first, last.expand(-1, queries.shape[0]), run.high == _END
+    last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
+    as_table = lambda x: (x if x.dtype == torch.int32 else x.clamp(-1, _END).int()).expand(
+        -1, queries.shape[0]
+    )
+    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), run.high == _END
 
 
 class _StandIn:
@@ -1144,18 +1144,18 @@ class _Numbers(_StandIn):
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
             other = other.values
-        elif not _is_int(other):
+        elif not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
             raise TypeError
         return _Numbers(self.side, operation(self.values, other), self.queries)
+
+    def __sub__(self, other):
+        is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
+        return _Difference(self, other) if is_difference else self._with(sub, other)
 
     def __floordiv__(self, size):
         if not (_is_int(size) and size > 0):
             raise TypeError
         return self._with(floordiv, size)
-
-    def __sub__(self, other):
-        is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
-        return _Difference(self, other) if is_difference else self._with(sub, other)
 
     __add__ = lambda self, other: self._with(add, other)
     __lt__ = lambda self, other: _compare(self, lt, other)
@@ -1229,14 +1229,9 @@ def _pick(choose, x, y):
 
 
 def _as_run(x):
-    if (
-        isinstance(x, Tensor)
-        and x.dim() == 0
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and x
-    ):
-        return _Run()
+    if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.bool:  # one answer for all pairs
+        is_known = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = _Run() if is_known and x else None
     if not isinstance(x, _Run):
         raise TypeError
     return x
@@ -1254,7 +1249,8 @@ def _compare(x, how, y):
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
     low, high = 0, _END
     if x.offset is not None:
-        begin = end = y.values - x.offset if x.offset else y.values
+        end = y.values if y.values.dtype == torch.int32 else y.values.clamp(-_END, _END)
+        begin = end = end - x.offset if x.offset else end
     else:
         keys, wanted = x.values.long(), y.values.long()
         if x.queries is not None:
@@ -1277,9 +1273,8 @@ def _sort(keys, wanted, queries, how):
         again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
         once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
         low, high = torch.where(once, 0, low), torch.where(once, _END, high)
-    fit = (keys == keys.int()).all() & (
-        wanted == wanted.int()
-    ).all()  # in 32 bits: the piece takes the others
+    # The piece takes the upper 32 bits.
+    fit = (keys == keys.int()).all() & (wanted == wanted.int()).all()
     return keys + (pieces << 32), wanted + (piece << 32), low, torch.where(fit, high, -1)
 
 
@@ -1301,16 +1296,17 @@ class _LookUp(TorchFunctionMode):
         stand_ins = [x for x in index if isinstance(x, _StandIn)]
         if function is not torch.Tensor.__getitem__ or not stand_ins:
             return function(*args, **(kwargs or {}))
-        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
+        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]  # (B or 1, …)
         sides = {x.side for x in stand_ins} - {"batch"}
         if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
             raise TypeError
+        numbers = numbers.long()
         if "key" not in sides:
             return _Numbers("query" if sides else "batch", numbers)
         # Padding does not matter, and may have any number: it gets that of the real token before it.
         places = torch.arange(self.pads.shape[1], device=self.pads.device).expand_as(self.pads)
         real = places.masked_fill(self.pads, -1).cummax(1).values
-        numbers = numbers.long().expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
+        numbers = numbers.expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
         return _Numbers("key", numbers, self.queries)
 
 

@@ -1,6 +1,6 @@
 """Training steps of changing shapes, of attention alone and of models; decoding; first steps; small ones.
 
-python benchmarks/models.py stream | transformers | generate | first-step | small      on a CUDA card
+python benchmarks/models.py stream | transformers | packed | generate | first-step | small      on a CUDA card
 
 Each way, but for small, runs in a process of its own that starts with nothing compiled. Results go to
 benchmarks/results/NAME.json; benchmarks/report.py shows them.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import padded, right_padding
-from common import Row, compile_afresh, parser_of, save, synchronize, wall_milliseconds
+from common import Row, compile_afresh, parser_of, peak_mib, save, synchronize, wall_milliseconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
@@ -43,6 +43,8 @@ MODELS = {
 }
 KINDS = ("llama", "mistral", "gemma3")
 CACHES = ("dynamic", "static")
+PACKED = [8192, 5000, 7000, 3000, 6000, 4000, 8000, 2000, 7500, 8192]  # the lengths of rows of documents
+DOCUMENTS = 30  # in each
 KEPT = {  # in turn: the folder of the caches, and the file of the artifacts
     "nothing kept": ("caches", "artifacts"),
     "cache folders kept": ("caches", "unused"),
@@ -195,6 +197,44 @@ def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
             model.zero_grad()
 
 
+def packed_of(way: str, device: str) -> None:
+    """Ten packed batches of different lengths through a Llama; of the last also the mask alone."""
+    from transformers import masking_utils
+
+    model, scale = model_for(way, "llama", device)
+    generator = torch.Generator().manual_seed(0)
+    for length in (length // scale for length in PACKED):
+        begins = torch.rand(4, length, generator=generator).argsort(1)[:, : DOCUMENTS - 1]
+        begins = torch.zeros(4, length, dtype=torch.long).scatter(1, begins, 1)
+        begins[:, 0] = 1
+        places = torch.arange(length).expand(4, -1)
+        position_ids = (places - torch.where(begins == 1, places, 0).cummax(1).values).to(device)
+        input_ids = torch.randint(32000 // scale, (4, length), generator=generator).to(device)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+
+        def step(inputs: dict[str, Any] = inputs) -> float:
+            model.zero_grad()
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            return loss.item()
+
+        synchronize(device)
+        start = time.perf_counter()
+        row = {"length": length, "loss": step()}
+        synchronize(device)
+        row |= {"seconds": time.perf_counter() - start, "compilations": compilations()}
+        if length == PACKED[0] // scale:
+            embeds = model.get_input_embeddings()(input_ids)
+            of_batch = (model.config, embeds, None, None, position_ids)
+            mask = partial(masking_utils.create_causal_mask, *of_batch)
+            row |= {
+                "mask_ms": wall_milliseconds(mask, device, 20),
+                "step_ms": wall_milliseconds(step, device, 5),
+            }
+            row |= {"mask_mib": peak_mib(mask), "step_mib": peak_mib(step)} if device == "cuda" else {}
+        print(json.dumps(row), flush=True)
+
+
 class Layers(torch.nn.Module):
     """Four of attention alone, of a causal model over a padded batch; the mask is made with them."""
 
@@ -264,7 +304,7 @@ def measure(arguments: list[str], steps: int, limit: float, kept: str | None = N
 
 def main() -> None:
     parser = parser_of(__doc__)
-    choices = ["stream", "transformers", "generate", "first-step"]
+    choices = ["stream", "transformers", "packed", "generate", "first-step"]
     parser.add_argument("what", choices=["small", *choices, *(f"{choice}-of" for choice in choices)])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream")
     parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
@@ -280,6 +320,8 @@ def main() -> None:
         return transformers_of(args.of[0], args.models[0], args.device, args.rounds)
     if args.what == "generate-of":
         return generate_of(args.of[0], args.models[0], args.caches[0], args.device, args.rounds)
+    if args.what == "packed-of":
+        return packed_of(args.of[0], args.device)
     if args.what == "first-step-of":
         return first_step(args.artifacts, args.device)
     if args.what == "small":
@@ -290,7 +332,7 @@ def main() -> None:
     names = STREAM if is_stream else MODELS
     ways = [
         (way, kind, cache)
-        for kind in ([""] if is_stream else args.models)
+        for kind in ([""] if args.what in ("stream", "packed") else args.models)
         for cache in (args.caches if args.what == "generate" else [""])
         for way in names
         if way in (args.of or names)
@@ -299,7 +341,8 @@ def main() -> None:
     for way, kind, cache in tqdm(ways, desc=args.what):
         arguments = [f"{args.what}-of", "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
         arguments += (["--models", kind] if kind else []) + (["--caches", cache] if cache else [])
-        steps = BATCHES if is_stream else args.rounds * (1 if cache else SIZES_OF_MODEL)
+        rounds = args.rounds * (1 if cache else SIZES_OF_MODEL)
+        steps = {"stream": BATCHES, "packed": len(PACKED)}.get(args.what, rounds)
         row = {"way": names[way], "model": kind, "cache": cache} | measure(arguments, steps, args.limit)
         rows.append(row)
         tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))

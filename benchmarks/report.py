@@ -116,6 +116,24 @@ def transformers_table(folder: Path) -> str:
     return "\n".join([*table(header, rows), "", made_with(result)])
 
 
+def packed_table(folder: Path) -> str:
+    """The mask and a training step of the last batch, and all ten batches from a cold start."""
+    result, rows = load("packed", folder), []
+    for row in result["results"]:
+        cells = [f"stopped after {row.get('stopped_after_s', 0):.0f} s"]
+        if "total_s" in row:
+            last = row["steps"][-1]
+            cells = [
+                f"{last[f'{what}_ms'][1]:.{digits}f} ms, {last.get(f'{what}_mib', 0):.0f} MiB"
+                for what, digits in (("mask", 2), ("step", 0))
+            ]
+            seconds = sum(step["seconds"] for step in row["steps"])
+            cells += [f"{seconds:.1f} s", f"{row['compilations']}"]
+        rows.append([row["way"], *cells])
+    header = ["", "mask", "training step", "ten batches, from cold", "compilations"]
+    return "\n".join([*table(header, rows), "", made_with(result)])
+
+
 def window_table(folder: Path, name: str = "window") -> str:
     """The cases beside each other, and nanoseconds for a million allowed pairs, forward and backward."""
     result = load(name, folder)
@@ -154,6 +172,7 @@ TABLES = {
     "attention": attention_table,
     "scaling": scaling_table,
     "transformers": transformers_table,
+    "packed": packed_table,
     "window": window_table,
     "documents": lambda folder: window_table(folder, "documents"),
 }

@@ -160,6 +160,16 @@ def test_the_same_losses_and_tokens(kind: str, capsys: pytest.CaptureFixture) ->
     assert steps[0][0]["loss"] == steps[0][5]["loss"]
 
 
+@pytest.mark.usefixtures("stock_afterwards")
+def test_a_run_of_packed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--device", "cpu", "--of", "sdpa", "ours"]
+    run(models, "packed", *arguments, folder=tmp_path)
+    sdpa, ours = (row["steps"] for row in common.load("packed", tmp_path)["results"])
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in sdpa], rel=1e-3)
+    table, last = report.packed_table(tmp_path), sdpa[-1]
+    assert f"| sdpa | {last['mask_ms'][1]:.2f} ms, 0 MiB | {last['step_ms'][1]:.0f} ms, 0 MiB |" in table
+
+
 def test_the_table_of_generate(tmp_path: Path) -> None:
     steps = [{"tokens": 100, "seconds": seconds} for seconds in (50.0, 1.0, 4.0, 2.0)]
     row = {"model": "a", "way": "b", "cache": "static", "total_s": 57.0, "steps": steps}

@@ -1,5 +1,6 @@
 """Models of transformers on this module's masks and kernels give what they give with sdpa, or eager."""
 
+import inspect
 from collections.abc import Callable
 from random import Random
 
@@ -202,9 +203,43 @@ def test_loss_and_gradients(kind: str, padding: str, device: str, handed_over: l
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_five_steps_on_what_trl_collates(kind: str, device: str, handed_over: list) -> None:
+    """Its packing "bfd" and its padding_free both hand over one row, and no attention_mask."""
+    batches = []
+    for _ in range(5):
+        lengths = torch.randint(5, 90, (6,)).tolist()
+        input_ids = torch.randint(3, 96, (1, sum(lengths)))
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        seq_idx = (position_ids == 0).cumsum(1).int() - 1
+        batches.append({"input_ids": input_ids, "labels": input_ids.masked_fill(position_ids == 0, -100)})
+        batches[-1] |= {"position_ids": position_ids, "seq_idx": seq_idx, **longest}
+        batches[-1] |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    losses: list[list[float]] = []
+    for way in ("flex_attention", "sdpa"):
+        model = make_model(kind, device, way).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for batch in batches:
+            moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            loss = model(**moved, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
+    assert not handed_over
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", [*DECODERS, *IMAGES, *BOTH])
 def test_generate(kind: str, device: str, cache: str, handed_over: list) -> None:
+    chunked = inspect.signature(masking_utils.create_chunked_causal_mask).parameters
+    if (kind, cache) == ("llama4", "static") and "block_sequence_ids" not in chunked:
+        pytest.skip("this version of transformers fails on it, whatever the attention")
     given, _ = inputs_of(kind, "left", device, length=40)
     for name in ("labels", "decoder_input_ids", "decoder_attention_mask"):
         given.pop(name, None)
