@@ -323,6 +323,7 @@ def _find_tiles(
         return tables, [*_list_tiles(some[None])]
     every = reduce(and_, [high_min >= low_max for (high_min, _), (_, low_max) in comparisons])
     tiles = torch.stack((some ^ every, every))  # partial and full, (2, B, 1, rows, columns)
+    del some, every  # a large mask needs the memory
     by_query = _list_tiles(tiles)
     tiles = tiles.mT.contiguous()
     return tables, [*by_query, *_list_tiles(tiles)]
@@ -795,7 +796,8 @@ def _decoding_options(query, key, value, block_mask):
         stages = 3 if width <= 256 else 2 if width <= 512 else 1  # loads run ahead as far as they fit
         programs = 1024 if rows <= 16 else 256  # work for the whole card
         split = min(32, max(1, programs // (batch_size * kv_heads)))
-        options |= {"fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
+        options |= {"fwd_num_warps": 4, "fwd_num_stages": stages, "SPLIT_KV": split}
+        options["fwd_BLOCK_N"] = 64 if width <= 2048 else 32
     return options
 
 
@@ -1087,7 +1089,8 @@ def transformers_block_mask(
     else:
         query_pads = pads.index_select(1, queries)
     try:
-        first, last, is_run = _find_runs_of(mask_function, keys, queries, kv_offset, pads)
+        own_pads = None if attention_mask is None else pads
+        first, last, is_run = _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, own_pads)
         is_run = is_run if is_run is True else torch.all(is_run | query_pads)
         if is_run is not True and torch.compiler.is_compiling():
             torch._assert_async(
@@ -1103,22 +1106,24 @@ def transformers_block_mask(
     return _build_from_runs(first, last, None, keys, pads, query_pads, (128, 128))
 
 
-def _find_runs_of(mask_function, keys, queries, kv_offset, pads):
+def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     """The first and the last key that each query sees by a mask function of transformers, and if that is all.
 
     (B or 1, L) each. A first of None stands for 0. What is True is so for all queries.
     """
     numbers = lambda places: places[None] + kv_offset if kv_offset else places[None]
-    batch = torch.arange(pads.shape[0], dtype=torch.int32, device=pads.device)[:, None]
+    batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
     query, key = _Numbers("query", numbers(queries)), _Numbers("key", numbers(keys))
     key.offset = kv_offset
-    with _LookUp(queries, pads):
+    look_up = _LookUp(queries, keys, pads)
+    with look_up:
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
     as_table = lambda x: (x if x.dtype == torch.int32 else x.clamp(-1, _END).int()).expand(
         -1, queries.shape[0]
     )
-    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), run.high == _END
+    is_run = reduce(and_, [run.high == _END, *look_up.fit])
+    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), is_run
 
 
 class _StandIn:
@@ -1139,7 +1144,9 @@ class _Numbers(_StandIn):
     def __init__(self, side, values, queries=None):
         self.side, self.values = side, values
         self.offset = None  # of the keys: how much a number is larger than the place, if it is always so
-        self.queries = queries  # of the keys: None if the numbers never fall, else the places of the queries
+        self.queries = (
+            queries  # of the keys: None if the numbers never fall, else the queries' places, (B, L)
+        )
 
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
@@ -1249,13 +1256,14 @@ def _compare(x, how, y):
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
     low, high = 0, _END
     if x.offset is not None:
-        end = y.values if y.values.dtype == torch.int32 else y.values.clamp(-_END, _END)
-        begin = end = end - x.offset if x.offset else end
+        wanted = y.values if y.values.dtype == torch.int32 else y.values.clamp(-_END, _END)
+        begin = end = wanted - x.offset if x.offset else wanted
     else:
         keys, wanted = x.values.long(), y.values.long()
         if x.queries is not None:
             keys, wanted, low, high = _sort(keys, wanted, x.queries, how)
-        begin, end = _search(keys, wanted), _search(keys, wanted, right=True) - 1
+        begin = None if how in (le, gt) else _search(keys, wanted)
+        end = None if how in (lt, ge) else _search(keys, wanted, right=True) - 1
     first = begin if how in (ge, eq) else end + 1 if how is gt else 0
     last = end if how in (le, eq) else begin - 1 if how is lt else _END
     return _Run(first, last, low, high)
@@ -1264,50 +1272,56 @@ def _compare(x, how, y):
 def _sort(keys, wanted, queries, how):
     """Numbers of the keys that may fall, made to rise, those wanted among them, and where that is right."""
     # Where numbers fall a piece begins. A query looks in the piece that it stands in, and knows of no other.
-    steps, own = keys.diff(), queries.clamp(0, keys.shape[1] - 1).long().expand(keys.shape[0], -1)
+    steps = keys.diff()
     pieces = F.pad((steps < 0).cumsum(1), (1, 0))
-    piece = pieces.gather(1, own)
+    piece = pieces.gather(1, queries)
     low, high = _search(pieces, piece), _search(pieces, piece, right=True) - 1
     if how is eq:
         # Each number that is not negative has one place, if it is larger than all before where it begins.
         again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
-        once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
+        once = (wanted >= 0) & (keys.gather(1, queries) == wanted) & ~again.any(1, keepdim=True)
         low, high = torch.where(once, 0, low), torch.where(once, _END, high)
-    # The piece takes the upper 32 bits.
-    fit = (keys == keys.int()).all() & (wanted == wanted.int()).all()
-    return keys + (pieces << 32), wanted + (piece << 32), low, torch.where(fit, high, -1)
+    wanted = wanted.clamp(1 - 2**31, 2**31 - 1)  # the piece takes the upper 32 bits
+    return keys + (pieces << 32), wanted + (piece << 32), low, high
 
 
 def _search(keys, wanted, **side):
     rows = max(keys.shape[0], wanted.shape[0])
-    keys, wanted = (x.expand(rows, -1).contiguous() for x in (keys, wanted))
-    return torch.searchsorted(keys, wanted, out_int32=True, **side)
+    # Torch 2.11 cannot compile an expand that changes nothing.
+    keys, wanted = (x if x.shape[0] == rows else x.expand(rows, -1) for x in (keys, wanted))
+    return torch.searchsorted(keys.contiguous(), wanted.contiguous(), out_int32=True, **side)
 
 
 class _LookUp(TorchFunctionMode):
     """While it is entered, a tensor takes stand-ins as its index: table[batch, key]."""
 
-    def __init__(self, queries, pads):
+    def __init__(self, queries, keys, pads):
         super().__init__()
-        self.queries, self.pads = queries, pads
+        self.queries, self.keys, self.pads, self.tables, self.fit = queries, keys, pads, [], []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         index = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:2]
         stand_ins = [x for x in index if isinstance(x, _StandIn)]
         if function is not torch.Tensor.__getitem__ or not stand_ins:
             return function(*args, **(kwargs or {}))
-        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]  # (B or 1, …)
+        table = args[0]
+        numbers = table[tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
         sides = {x.side for x in stand_ins} - {"batch"}
         if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
             raise TypeError
         numbers = numbers.long()
         if "key" not in sides:
             return _Numbers("query" if sides else "batch", numbers)
-        # Padding does not matter, and may have any number: it gets that of the real token before it.
-        places = torch.arange(self.pads.shape[1], device=self.pads.device).expand_as(self.pads)
-        real = places.masked_fill(self.pads, -1).cummax(1).values
-        numbers = numbers.expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
-        return _Numbers("key", numbers, self.queries)
+        if not any(x is table for x in self.tables):  # its numbers must leave room for the pieces they are in
+            self.tables.append(table)
+            least, most = table.aminmax()
+            self.fit.append((least > -_END) & (most < _END))
+        if self.pads is not None:
+            # Padding does not matter, and may have any number: it gets that of the real token before it.
+            real = torch.where(self.pads, -1, self.keys).cummax(1).values.long()
+            numbers = numbers.expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
+        own = self.queries.clamp(0, self.keys.shape[0] - 1).long().expand(numbers.shape[0], -1)
+        return _Numbers("key", numbers, own)
 
 
 def transformers_attention(
