@@ -22,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import add, and_, eq, floordiv, ge, gt, le, lt, sub
 from typing import Any
 
@@ -1081,8 +1081,11 @@ def transformers_block_mask(
     # A decoder makes this one at every step, so it goes the shortest way.
     if mask_function in (None, causal_mask_function):
         return create_causal_padding_block_mask(pads, q_length, q_offset=offset)
-    keys, queries = (torch.arange(n, dtype=torch.int32, device=device) for n in (kv_length, q_length))
-    queries = queries + offset  # (L,), their places among the keys
+    keys = torch.arange(kv_length, dtype=torch.int32, device=device)
+    if isinstance(offset, Tensor) and q_length == 1:
+        queries = offset.reshape(1).int()  # (L,), their places among the keys
+    else:
+        queries = torch.arange(q_length, dtype=torch.int32, device=device) + offset
     if mask_function is bidirectional_mask_function or "allow_is_bidirectional_skip" in kwargs:
         # They may be other tokens than the keys, and nothing says which of them are padding.
         query_pads = pads.new_zeros(batch_size, q_length)
@@ -1115,15 +1118,13 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
     query, key = _Numbers("query", numbers(queries)), _Numbers("key", numbers(keys))
     key.offset = kv_offset
-    look_up = _LookUp(queries, keys, pads)
-    with look_up:
+    with _LookUp(queries, pads):
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
     as_table = lambda x: (x if x.dtype == torch.int32 else x.clamp(-1, _END).int()).expand(
         -1, queries.shape[0]
     )
-    is_run = reduce(and_, [run.high == _END, *look_up.fit])
-    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), is_run
+    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), run.high == _END
 
 
 class _StandIn:
@@ -1141,19 +1142,18 @@ class _StandIn:
 class _Numbers(_StandIn):
     """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S)."""
 
-    def __init__(self, side, values, queries=None):
+    def __init__(self, side, values, table=None):
         self.side, self.values = side, values
-        self.offset = None  # of the keys: how much a number is larger than the place, if it is always so
-        self.queries = (
-            queries  # of the keys: None if the numbers never fall, else the queries' places, (B, L)
-        )
+        # Of the keys: how much a number is larger than the key's place, if it is always so; and None if the
+        # numbers never fall, else the places of the queries, and the pads.
+        self.offset, self.table = None, table
 
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
             other = other.values
         elif not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
             raise TypeError
-        return _Numbers(self.side, operation(self.values, other), self.queries)
+        return _Numbers(self.side, operation(self.values, other), self.table)
 
     def __sub__(self, other):
         is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
@@ -1258,70 +1258,86 @@ def _compare(x, how, y):
     if x.offset is not None:
         wanted = y.values if y.values.dtype == torch.int32 else y.values.clamp(-_END, _END)
         begin = end = wanted - x.offset if x.offset else wanted
+    elif x.table is not None:
+        find = _opaque_find_in_pieces if torch.compiler.is_compiling() else _find_in_pieces
+        begin, end, low, high = find(x.values, y.values, *x.table, how is eq)
     else:
-        keys, wanted = x.values.long(), y.values.long()
-        if x.queries is not None:
-            keys, wanted, low, high = _sort(keys, wanted, x.queries, how)
-        begin = None if how in (le, gt) else _search(keys, wanted)
-        end = None if how in (lt, ge) else _search(keys, wanted, right=True) - 1
+        begin, end = _search(x.values, y.values)
     first = begin if how in (ge, eq) else end + 1 if how is gt else 0
     last = end if how in (le, eq) else begin - 1 if how is lt else _END
     return _Run(first, last, low, high)
 
 
-def _sort(keys, wanted, queries, how):
-    """Numbers of the keys that may fall, made to rise, those wanted among them, and where that is right."""
-    # Where numbers fall a piece begins. A query looks in the piece that it stands in, and knows of no other.
-    steps = keys.diff()
-    pieces = F.pad((steps < 0).cumsum(1), (1, 0))
-    piece = pieces.gather(1, queries)
-    low, high = _search(pieces, piece), _search(pieces, piece, right=True) - 1
-    if how is eq:
-        # Each number that is not negative has one place, if it is larger than all before where it begins.
-        again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
-        once = (wanted >= 0) & (keys.gather(1, queries) == wanted) & ~again.any(1, keepdim=True)
-        low, high = torch.where(once, 0, low), torch.where(once, _END, high)
-    wanted = wanted.clamp(1 - 2**31, 2**31 - 1)  # the piece takes the upper 32 bits
-    return keys + (pieces << 32), wanted + (piece << 32), low, high
-
-
-def _search(keys, wanted, **side):
+def _search(keys, wanted):
+    """Where in each row of keys, which do not fall, the wanted numbers begin and end, or would."""
     rows = max(keys.shape[0], wanted.shape[0])
     # Torch 2.11 cannot compile an expand that changes nothing.
-    keys, wanted = (x if x.shape[0] == rows else x.expand(rows, -1) for x in (keys, wanted))
-    return torch.searchsorted(keys.contiguous(), wanted.contiguous(), out_int32=True, **side)
+    keys, wanted = (x.long() if x.shape[0] == rows else x.long().expand(rows, -1) for x in (keys, wanted))
+    search = partial(torch.searchsorted, keys.contiguous(), wanted.contiguous(), out_int32=True)
+    return search(), search(right=True) - 1
+
+
+def _find_in_pieces(
+    keys: Tensor, wanted: Tensor, queries: Tensor, pads: Tensor | None, is_equal: bool
+) -> list[Tensor]:
+    """Where in each row of keys, which may fall, the wanted numbers begin and end, as far as is known.
+
+    Where the numbers fall a piece begins. A query looks in the piece that it stands in.
+
+    Returns:
+        begin, end, low, high: (B, L). The first two are right for the keys from low to high.
+    """
+    if pads is not None:  # padding may have any number: it gets that of the real token before it
+        places = torch.arange(pads.shape[1], device=pads.device)
+        real = torch.where(pads, -1, places).cummax(1).values
+        keys = keys.expand_as(pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
+    keys = keys.expand(max(keys.shape[0], wanted.shape[0]), -1)
+    own = queries.long().clamp(0, keys.shape[1] - 1).expand(keys.shape[0], -1)
+    steps = keys.diff()
+    pieces = F.pad((steps < 0).cumsum(1), (1, 0))
+    piece = pieces.gather(1, own)
+    low, high = _search(pieces, piece)
+    if is_equal:
+        # Each number that is not negative has one place, if it is larger than all before where it begins.
+        again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
+        once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
+        low, high = torch.where(once, 0, low), torch.where(once, _END, high)
+    high = torch.where((keys == keys.int()).all(), high, -1)  # the piece takes the bits above
+    wanted = wanted.clamp(-(2**31) - 1, 2**31)
+    begin, end = _search(keys + (pieces << 33), wanted + (piece << 33))
+    return [begin, end, low, high]
+
+
+# An operator of its own, since torch 2.11 compiles neither cummax nor searchsorted wherever they stand.
+_opaque_find_in_pieces = torch.library.custom_op(
+    "causal_padded::find_in_pieces", _find_in_pieces, mutates_args=()
+)
+
+
+@_opaque_find_in_pieces.register_fake
+def _(keys, wanted, queries, pads, is_equal):
+    rows = max(keys.shape[0], wanted.shape[0]) if pads is None else pads.shape[0]
+    return [keys.new_empty(rows, queries.shape[0], dtype=torch.int32) for _ in range(4)]
 
 
 class _LookUp(TorchFunctionMode):
     """While it is entered, a tensor takes stand-ins as its index: table[batch, key]."""
 
-    def __init__(self, queries, keys, pads):
+    def __init__(self, queries, pads):
         super().__init__()
-        self.queries, self.keys, self.pads, self.tables, self.fit = queries, keys, pads, [], []
+        self.queries, self.pads = queries, pads
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         index = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:2]
         stand_ins = [x for x in index if isinstance(x, _StandIn)]
         if function is not torch.Tensor.__getitem__ or not stand_ins:
             return function(*args, **(kwargs or {}))
-        table = args[0]
-        numbers = table[tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
+        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
         sides = {x.side for x in stand_ins} - {"batch"}
         if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
             raise TypeError
-        numbers = numbers.long()
-        if "key" not in sides:
-            return _Numbers("query" if sides else "batch", numbers)
-        if not any(x is table for x in self.tables):  # its numbers must leave room for the pieces they are in
-            self.tables.append(table)
-            least, most = table.aminmax()
-            self.fit.append((least > -_END) & (most < _END))
-        if self.pads is not None:
-            # Padding does not matter, and may have any number: it gets that of the real token before it.
-            real = torch.where(self.pads, -1, self.keys).cummax(1).values.long()
-            numbers = numbers.expand_as(self.pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
-        own = self.queries.clamp(0, self.keys.shape[0] - 1).long().expand(numbers.shape[0], -1)
-        return _Numbers("key", numbers, own)
+        (side,) = sides or {"batch"}
+        return _Numbers(side, numbers.long(), (self.queries, self.pads) if side == "key" else None)
 
 
 def transformers_attention(

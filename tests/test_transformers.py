@@ -476,6 +476,21 @@ def test_a_number_that_comes_back_is_no_run(only_listed: list) -> None:
     assert not only_listed
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("padded", "is_equal"), [(False, True), (True, False)])
+def test_the_operator_that_hides_the_pieces(device: str, padded: bool, is_equal: bool) -> None:
+    numbers = torch.randint(-1, 5, (3, 40), device=device)
+    pads = torch.rand(3, 40, device=device) < 0.3 if padded else None
+    queries = torch.arange(30, 40, dtype=torch.int32, device=device)
+    for keys, wanted in (
+        (numbers, numbers[:, 30:]),
+        (numbers, numbers[:1, :1]),
+        (numbers[:1], numbers[:, :1]),
+    ):
+        arguments = (keys, wanted, queries, pads, is_equal)
+        torch.library.opcheck(torch.ops.causal_padded.find_in_pieces.default, arguments)
+
+
 def test_in_a_graph_a_number_that_comes_back_is_an_error(handed_over: list) -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def build(numbers: Tensor) -> Tensor:
