@@ -1114,10 +1114,9 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
 
     (B or 1, L) each. A first of None stands for 0. What is True is so for all queries.
     """
-    numbers = lambda places: places[None] + kv_offset if kv_offset else places[None]
     batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
-    query, key = _Numbers("query", numbers(queries)), _Numbers("key", numbers(keys))
-    key.offset = kv_offset
+    query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
+    key.is_place = True
     with _LookUp(queries, pads):
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
@@ -1140,20 +1139,29 @@ class _StandIn:
 
 
 class _Numbers(_StandIn):
-    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S)."""
+    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + more.
 
-    def __init__(self, side, values, table=None):
-        self.side, self.values = side, values
-        # Of the keys: how much a number is larger than the key's place, if it is always so; and None if the
-        # numbers never fall, else the places of the queries, and the pads.
-        self.offset, self.table = None, table
+    Those of keys that come of a table may fall. They carry the places of the queries, and the pads.
+    """
+
+    def __init__(self, side, base, more=0, table=None):
+        self.side, self.base, self.more, self.table = side, base, more, table
+        self.is_place = False  # of the keys: whether base is their places
+
+    @property
+    def values(self):
+        return self.base + self.more if self.more else self.base
 
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
-            other = other.values
-        elif not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
+            return _Numbers(self.side, operation(self.values, other.values), 0, self.table)
+        if not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
             raise TypeError
-        return _Numbers(self.side, operation(self.values, other), self.table)
+        if operation is floordiv:
+            return _Numbers(self.side, self.values // other, 0, self.table)
+        result = _Numbers(self.side, self.base, operation(self.more, other), self.table)
+        result.is_place = self.is_place
+        return result
 
     def __sub__(self, other):
         is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
@@ -1255,10 +1263,14 @@ def _compare(x, how, y):
     if x.side != "key":  # all keys, or none
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
     low, high = 0, _END
-    if x.offset is not None:
-        wanted = y.values if y.values.dtype == torch.int32 else y.values.clamp(-_END, _END)
-        begin = end = wanted - x.offset if x.offset else wanted
-    elif x.table is not None:
+    if x.is_place:
+        if y.base.dtype != torch.int32:
+            y = _Numbers(y.side, y.values.clamp(-_END, _END))
+        far = y.more - x.more
+        at = lambda more: y.base + more if more else y.base
+        first = at(far) if how in (ge, eq) else at(far + 1) if how is gt else 0
+        return _Run(first, at(far) if how in (le, eq) else at(far - 1) if how is lt else _END)
+    if x.table is not None:
         find = _opaque_find_in_pieces if torch.compiler.is_compiling() else _find_in_pieces
         begin, end, low, high = find(x.values, y.values, *x.table, how is eq)
     else:
@@ -1337,7 +1349,7 @@ class _LookUp(TorchFunctionMode):
         if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
             raise TypeError
         (side,) = sides or {"batch"}
-        return _Numbers(side, numbers.long(), (self.queries, self.pads) if side == "key" else None)
+        return _Numbers(side, numbers.long(), 0, (self.queries, self.pads) if side == "key" else None)
 
 
 def transformers_attention(
