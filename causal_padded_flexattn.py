@@ -1096,9 +1096,8 @@ def transformers_block_mask(
         first, last, is_run = _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, own_pads)
         is_run = is_run if is_run is True else torch.all(is_run | query_pads)
         if is_run is not True and torch.compiler.is_compiling():
-            torch._assert_async(
-                is_run, "a query does not see one run of keys: use sdpa"
-            )  # has no public name
+            # It has no public name.
+            torch._assert_async(is_run, "a query does not see one run of keys: use sdpa")
         elif not is_run:
             raise TypeError
     except Exception:  # what a mask function does to a stand-in may fail in any way
