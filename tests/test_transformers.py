@@ -359,7 +359,8 @@ def custom_functions(random: Random, batch_size: int, total: int) -> list[Callab
     """What a user may write: with numbers of the tokens, of the sequence, and without."""
     places = torch.tensor([[random.randrange(total) for _ in range(total)] for _ in range(batch_size)])
     few = torch.tensor([[random.randrange(-2, 3) for _ in range(total)] for _ in range(batch_size)])
-    begin, flags, rising, large = few[:, 0] * 3, few > 0, places.cummax(1).values, places * 2**31 - 2**33
+    begin, flags, rising = few[:, 0] * 3, few > 0, places.cummax(1).values
+    large = torch.where(flags, 2**63 - 1, places * 2**31 - 2**33)
     islands = torch.where(places % 3 > 0, rising, -1)
     return [
         lambda b, h, q, k: k <= places[b, q],
@@ -383,8 +384,9 @@ def custom_functions(random: Random, batch_size: int, total: int) -> list[Callab
         lambda b, h, q, k: rising[b, q] + 1 == rising[b, k],
         lambda b, h, q, k: rising[b, q] >= rising[b, k] + 2,
         lambda b, h, q, k: islands[b, q] == islands[b, k],
+        lambda b, h, q, k: islands[b, q] + 1 == islands[b, k],
         lambda b, h, q, k: large[b, q] >= large[b, k],
-        lambda b, h, q, k: large[b, q] >= few[b, k],
+        lambda b, h, q, k: (large[b, q] >= few[b, k]) & (q == k),
         lambda b, h, q, k: (k <= q - 10) & (k > q - 15),
         lambda *_: torch.tensor(True),
     ]
