@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial, reduce
-from operator import add, and_, eq, floordiv, ge, gt, le, lt, sub
+from operator import add, and_, eq, ge, gt, le, lt, sub
 from typing import Any
 
 import torch
@@ -1053,9 +1053,10 @@ def transformers_block_mask(
     """Build the masks of transformers in closed form.
 
     The mask function is called once, with stand-ins for its arguments that work out the run of keys of each
-    query. A mask that is no such run, or that does what the stand-ins do not know, is left to the function of
-    transformers that this one stands in for. Whether the numbers of packed sequences or of images make runs
-    is read from the device. In a compiled model it is asserted there instead.
+    query. A mask in which some query sees more than one run, or whose function does something that the
+    stand-ins do not support, is left to the function of transformers that this one replaces. Whether the
+    numbers of packed sequences or of images make runs is read from the device. In a compiled model it is
+    asserted on the device instead.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: what transformers passes to its
@@ -1109,9 +1110,9 @@ def transformers_block_mask(
 
 
 def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
-    """The first and the last key that each query sees by a mask function of transformers, and if that is all.
+    """The first and the last key that each query sees, and whether it sees all real keys between them.
 
-    (B or 1, L) each. A first of None stands for 0. What is True is so for all queries.
+    Each is (B or 1, L). A first of None stands for 0. A plain True stands for all queries.
     """
     batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
     query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
@@ -1126,7 +1127,7 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
 
 
 class _StandIn:
-    """Stands for an argument of a mask function, and for what comes of it. What it does not know raises."""
+    """Stands for an argument of a mask function, or for what is computed of it. The rest is a TypeError."""
 
     device = None
 
@@ -1140,7 +1141,8 @@ class _StandIn:
 class _Numbers(_StandIn):
     """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + more.
 
-    Those of keys that come of a table may fall. They carry the places of the queries, and the pads.
+    Numbers of keys that were looked up in a table may fall. `table` is then the places of the queries, and
+    the pads.
     """
 
     def __init__(self, side, base, more=0, table=None):
@@ -1156,8 +1158,6 @@ class _Numbers(_StandIn):
             return _Numbers(self.side, operation(self.values, other.values), 0, self.table)
         if not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
             raise TypeError
-        if operation is floordiv:
-            return _Numbers(self.side, self.values // other, 0, self.table)
         result = _Numbers(self.side, self.base, operation(self.more, other), self.table)
         result.is_place = self.is_place
         return result
@@ -1169,7 +1169,7 @@ class _Numbers(_StandIn):
     def __floordiv__(self, size):
         if not (_is_int(size) and size > 0):
             raise TypeError
-        return self._with(floordiv, size)
+        return _Numbers(self.side, self.values // size, 0, self.table)
 
     __add__ = lambda self, other: self._with(add, other)
     __lt__ = lambda self, other: _compare(self, lt, other)
@@ -1200,7 +1200,7 @@ class _Nothing(_StandIn):
 class _Run(_StandIn):
     """The keys from first to last, (B or 1, L or 1), or a number where there is no limit.
 
-    That is known for the keys from low to high, and for all where high is _END.
+    This is known for the keys from low to high only, or for all keys where high is _END.
     """
 
     def __init__(self, first=0, last=_END, low=0, high=_END):
@@ -1319,7 +1319,7 @@ def _find_in_pieces(
     return [begin, end, low, high]
 
 
-# An operator of its own, since torch 2.11 compiles neither cummax nor searchsorted wherever they stand.
+# This is an operator of its own, because torch 2.11 fails to compile some uses of cummax and searchsorted.
 _opaque_find_in_pieces = torch.library.custom_op(
     "causal_padded::find_in_pieces", _find_in_pieces, mutates_args=()
 )
@@ -1332,7 +1332,7 @@ def _(keys, wanted, queries, pads, is_equal):
 
 
 class _LookUp(TorchFunctionMode):
-    """While it is entered, a tensor takes stand-ins as its index: table[batch, key]."""
+    """Inside of this mode a tensor can be indexed by stand-ins, as in table[batch, key]."""
 
     def __init__(self, queries, pads):
         super().__init__()

@@ -127,8 +127,7 @@ def packed_table(folder: Path) -> str:
                 f"{last[f'{what}_ms'][1]:.{digits}f} ms, {last.get(f'{what}_mib', 0):.0f} MiB"
                 for what, digits in (("mask", 2), ("step", 0))
             ]
-            seconds = sum(step["seconds"] for step in row["steps"])
-            cells += [f"{seconds:.1f} s", f"{row['compilations']}"]
+            cells += [f"{row['total_s']:.1f} s", f"{row['compilations']}"]
         rows.append([row["way"], *cells])
     header = ["", "mask", "training step", "ten batches, from cold", "compilations"]
     return "\n".join([*table(header, rows), "", made_with(result)])

@@ -56,6 +56,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch, stock_afterwards: None) -> list
 
     monkeypatch.setattr(masking_utils, "flex_attention_mask", counted)
     register_transformers()
+    assert transformers.AttentionMaskInterface()["flex_attention"] is transformers_block_mask
     return calls
 
 
@@ -71,7 +72,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def make_model(kind: str, device: str, way: str, window: int = 24, **more) -> torch.nn.Module:
+def make_model(kind: str, device: str, way: str, window: int = 24) -> torch.nn.Module:
     torch.manual_seed(1)
     text = {**SIZES, **LAYERS, "query_pre_attn_scalar": 16, "sliding_window": window}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -106,7 +107,7 @@ def make_model(kind: str, device: str, way: str, window: int = 24, **more) -> to
     if kind in [*IMAGES, *BOTH]:
         head = "ForConditionalGeneration"
     make = getattr(transformers, name.removesuffix("Text") + head)
-    model = make(getattr(transformers, f"{name}Config")(**config, **more))
+    model = make(getattr(transformers, f"{name}Config")(**config))
     model.set_attn_implementation(way)
     if kind == "gpt_oss":  # which they leave unset
         for name, parameter in model.named_parameters():
@@ -197,6 +198,7 @@ def test_loss_and_gradients(kind: str, padding: str, device: str, handed_over: l
         gradients.append(torch.autograd.grad(losses[-1], trained, allow_unused=True))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     for ours, expected in zip(*gradients, strict=True):
+        assert (ours is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
     assert not handed_over or is_theirs_alone(kind, padding)
@@ -290,6 +292,7 @@ def test_a_dense_mask(device: str, boolean: bool, handed_over: list) -> None:
         expected = make_model("llama", device, "sdpa")(input_ids, attention_mask=attention_mask)
     real = attention_mask.bool()
     torch.testing.assert_close(logits.logits[real], expected.logits[real], rtol=1e-4, atol=1e-5)
+    assert not handed_over
 
 
 @pytest.mark.parametrize("device", DEVICES)
