@@ -1,6 +1,8 @@
 """Training steps of changing shapes, of attention alone and of models; decoding; first steps; small ones.
 
-python benchmarks/models.py stream | transformers | packed | generate | first-step | small      on a CUDA card
+On a CUDA card:
+
+python benchmarks/models.py stream | transformers | packed | step | generate | first-step | small
 
 Each way, but for small, runs in a process of its own that starts with nothing compiled. Results go to
 benchmarks/results/NAME.json; benchmarks/report.py shows them.
@@ -45,6 +47,12 @@ KINDS = ("llama", "mistral", "gemma3")
 CACHES = ("dynamic", "static")
 PACKED = [8192, 5000, 7000, 3000, 6000, 4000, 8000, 2000, 7500, 8192]  # the lengths of rows of documents
 DOCUMENTS = 30  # in each
+STEP = {  # of a training step: whether it is packed, and the attention
+    "padded, ours": (False, "ours"),
+    "padded, SDPA is_causal": (False, "sdpa"),
+    "packed, ours": (True, "ours"),
+}
+STEP_SIZES = [(32, 1024), (8, 4096)]
 KEPT = {  # in turn: the folder of the caches, and the file of the artifacts
     "nothing kept": ("caches", "artifacts"),
     "cache folders kept": ("caches", "unused"),
@@ -91,30 +99,30 @@ def stream_of(way: str) -> None:
         print(json.dumps({"batch_size": batch_size, "length": length, **step}), flush=True)
 
 
-def make_model(kind: str, scale: int) -> torch.nn.Module:
-    """Four layers; of Mistral all with a window of 1024, of Gemma 3 every other one."""
+def make_model(kind: str, scale: int, layers: int = 4, kv_heads: int = 4) -> torch.nn.Module:
+    """Of Mistral all with a window of 1024, of Gemma 3 every other one."""
     import transformers
 
     sizes = {
         "vocab_size": 32000 // scale,
         "hidden_size": 1024 // scale,
         "intermediate_size": 2816 // scale,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": kv_heads,
         "head_dim": 64 // scale,
     }
     window = {"sliding_window": 1024 // scale}
     if kind == "mistral":
         return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **window))
     if kind == "gemma3":
-        layers = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-        config = transformers.Gemma3TextConfig(**sizes, **window, **layers, query_pre_attn_scalar=64 // scale)
+        types = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
+        config = transformers.Gemma3TextConfig(**sizes, **window, **types, query_pre_attn_scalar=64 // scale)
         return transformers.Gemma3ForCausalLM(config)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
-def model_for(way: str, kind: str, device: str) -> tuple[torch.nn.Module, int]:
+def model_for(way: str, kind: str, device: str, **more: int) -> tuple[torch.nn.Module, int]:
     """With its attention; and by how much it is smaller, for the CPU to try it out."""
     from transformers import AttentionMaskInterface
 
@@ -124,7 +132,7 @@ def model_for(way: str, kind: str, device: str) -> tuple[torch.nn.Module, int]:
         register_transformers()
     scale = 1 if device == "cuda" else 32
     torch.manual_seed(0)
-    model = make_model(kind, scale).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = make_model(kind, scale, **more).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     model.set_attn_implementation("sdpa" if way == "sdpa" else "flex_attention")
     return model, scale
 
@@ -235,6 +243,64 @@ def packed_of(way: str, device: str) -> None:
         print(json.dumps(row), flush=True)
 
 
+def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Rows of sequences, the longest first, each in the first row that has room for it."""
+    rows: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        row = next((row for row in rows if sum(row) + length <= capacity), None)
+        if row is None:
+            rows.append([length])
+        else:
+            row.append(length)
+    return rows
+
+
+def step_batch(packed: bool, batch_size: int, length: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    """What a model takes, and labels: sequences of a fifth of the length to all of it, 40 % padding."""
+    lengths = torch.linspace(0.2, 1, batch_size).mul(length).long().tolist()
+    rows = first_fit(lengths, length) if packed else [[n] for n in lengths]
+    tokens = lambda n: torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(n))
+    places, ids = torch.zeros(2, len(rows), length, dtype=torch.long)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        filled = [*row, length - sum(row)]  # what is left is a document of its own
+        places[i] = torch.cat([torch.arange(n) for n in filled])
+        ids[i] = torch.cat([tokens(n) for n in filled])
+        real[i, : sum(row)] = True
+    labels = ids.masked_fill(~real | (places == 0), -100)  # no sequence foretells the next one
+    inputs = {"input_ids": ids, "labels": labels}
+    inputs |= {"position_ids": places} if packed else {"attention_mask": real.long()}
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def step_of(way: str, batch_size: int, length: int, device: str) -> Row:
+    """A step of AdamW with a compiled Llama of twelve layers: ms, real tokens a second, MiB at the peak."""
+    packed, attention = STEP[way]
+    more = {"layers": 12 if device == "cuda" else 2, "kv_heads": 16}
+    model, scale = model_for(attention, "llama", device, **more)
+    batch_size, length = (batch_size, length) if device == "cuda" else (batch_size // 4, length // scale)
+    batch = step_batch(packed, batch_size, length, 32000 // scale, device)
+    real = int((batch["labels"] != -100).sum())
+    if way.endswith("is_causal"):
+        del batch["attention_mask"]  # right padding needs none: no real token sees it
+    compiled = torch.compile(model) if device == "cuda" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+
+    def step() -> float:
+        loss = compiled(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    row: Row = {"loss": step().item()}
+    step()
+    quartiles = wall_milliseconds(step, device, 10)
+    row |= {"rows": len(batch["labels"]), "length": length, "batch_size": batch_size, "real": real}
+    row |= {"quartiles": quartiles, "tokens_per_s": real / quartiles[1] * 1e3}
+    return row | ({"peak_mib": peak_mib(step)} if device == "cuda" else {})
+
+
 class Layers(torch.nn.Module):
     """Four of attention alone, of a causal model over a padded batch; the mask is made with them."""
 
@@ -297,6 +363,8 @@ def measure(arguments: list[str], steps: int, limit: float, kept: str | None = N
     row: Row = {"batches": len(lines), "steps": lines}
     if len(lines) < steps:
         return row | {"stopped_after_s": limit}
+    if "seconds" not in lines[0]:
+        return row
     seconds = [line["seconds"] for line in lines]
     worst = {"worst_step_s": max(seconds), "compilations": lines[-1]["compilations"]}
     return row | {"total_s": sum(seconds), **worst}
@@ -304,7 +372,7 @@ def measure(arguments: list[str], steps: int, limit: float, kept: str | None = N
 
 def main() -> None:
     parser = parser_of(__doc__)
-    choices = ["stream", "transformers", "packed", "generate", "first-step"]
+    choices = ["stream", "transformers", "packed", "step", "generate", "first-step"]
     parser.add_argument("what", choices=["small", *choices, *(f"{choice}-of" for choice in choices)])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream")
     parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
@@ -322,17 +390,20 @@ def main() -> None:
         return generate_of(args.of[0], args.models[0], args.caches[0], args.device, args.rounds)
     if args.what == "packed-of":
         return packed_of(args.of[0], args.device)
+    if args.what == "step-of":
+        for size in STEP_SIZES:
+            print(json.dumps(step_of(args.of[0], *size, args.device)), flush=True)
+        return None
     if args.what == "first-step-of":
         return first_step(args.artifacts, args.device)
     if args.what == "small":
         return save("small", measure_small_steps(args.device), args.results, args.device)
     if args.what == "first-step":
         return save("first_step", measure_first_steps(args.device, args.limit), args.results, args.device)
-    is_stream = args.what == "stream"
-    names = STREAM if is_stream else MODELS
+    names = {"stream": STREAM, "step": {way: way for way in STEP}}.get(args.what, MODELS)
     ways = [
         (way, kind, cache)
-        for kind in ([""] if args.what in ("stream", "packed") else args.models)
+        for kind in ([""] if args.what in ("stream", "packed", "step") else args.models)
         for cache in (args.caches if args.what == "generate" else [""])
         for way in names
         if way in (args.of or names)
@@ -342,7 +413,7 @@ def main() -> None:
         arguments = [f"{args.what}-of", "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
         arguments += (["--models", kind] if kind else []) + (["--caches", cache] if cache else [])
         rounds = args.rounds * (1 if cache else SIZES_OF_MODEL)
-        steps = {"stream": BATCHES, "packed": len(PACKED)}.get(args.what, rounds)
+        steps = {"stream": BATCHES, "packed": len(PACKED), "step": len(STEP_SIZES)}.get(args.what, rounds)
         row = {"way": names[way], "model": kind, "cache": cache} | measure(arguments, steps, args.limit)
         rows.append(row)
         tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
