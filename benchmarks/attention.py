@@ -1,6 +1,6 @@
 """What causal attention over a padded batch costs, each way of doing it.
 
-python benchmarks/attention.py attention | scaling | window | documents      on a CUDA card
+python benchmarks/attention.py attention | scaling | short | same-bits | window | documents   on a CUDA card
 Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
 """
 
@@ -16,7 +16,16 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from cases import Batch, Case
-from common import Attention, NotMeasuredError, Row, flash_attention_4, milliseconds, parser_of, require
+from common import (
+    Attention,
+    NotMeasuredError,
+    Row,
+    deterministic,
+    flash_attention_4,
+    milliseconds,
+    parser_of,
+    require,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_mask, flex_attention
@@ -25,15 +34,20 @@ from tqdm import tqdm
 import causal_padded_flexattn as cpf
 
 
-def block_mask_of(batch: Batch):
-    documents = batch.documents if batch.case.documents > 1 else None
-    return cpf.create_causal_padding_block_mask(batch.pads, window=batch.case.window, documents=documents)
+def block_mask_of(batch: Batch, **options):
+    options |= {"documents": batch.documents if batch.case.documents > 1 else None}
+    return cpf.create_causal_padding_block_mask(batch.pads, window=batch.case.window, **options)
 
 
-def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False) -> Attention:
+def ours(
+    batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False, promises: bool = False,
+    block: int = 128,
+) -> Attention:  # fmt: skip
     usable = backend != "flash" or cpf._can_use_flash(*batch.inputs, None, False)
     require(usable, "needs flash-attn-4, Hopper, half precision, heads of at most 128")
-    block_mask = block_mask_of(batch)
+    trains = block == 128 or batch.device == "cpu" or torch.__version__ >= "2.14"
+    require(trains, "trains on blocks of 128 only")
+    block_mask = block_mask_of(batch, padding_side=batch.case.side if promises else None, BLOCK_SIZE=block)
     if dynamic:
         require(batch.device == "cuda", "needs CUDA")
         compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
@@ -41,6 +55,17 @@ def ours(batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool =
         return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     options = {"pads": batch.pads, "block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
     return partial(cpf.causal_padded_attention, **options)
+
+
+def same_bits(batch: Batch) -> Attention:
+    with deterministic():
+        inner = ours(batch, "triton")
+
+    def attention(*inputs: Tensor) -> Tensor:
+        with deterministic():
+            return inner(*inputs)
+
+    return attention
 
 
 def transformers_flex(batch: Batch) -> Attention:
@@ -142,7 +167,11 @@ triton = partial(ours, backend="triton")
 # How to make it of a batch, whether its inputs are packed, whether it packs them.
 WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, auto": (partial(ours, backend="auto"), False, False),
+    "ours, auto, padding_side": (partial(ours, backend="auto", promises=True), False, False),
     "ours, Triton": (triton, False, False),
+    "ours, Triton, padding_side": (partial(triton, promises=True), False, False),
+    "ours, Triton, blocks of 64, padding_side": (partial(triton, promises=True, block=64), False, False),
+    "ours, Triton, same bits": (same_bits, False, False),
     "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
     "ours, Triton, safe_padding": (partial(triton, safe_padding=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
@@ -213,7 +242,7 @@ def run(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, dev
             rows.append(row)
             shown = row.get("not_measured") or (row["forward_ms"], row["backward_ms"])
             tqdm.write(f"{case}: {way}: {shown}")
-            common.save(name, rows, folder, device, matmul_tflops=rate)
+            common.save(name.replace("-", "_"), rows, folder, device, matmul_tflops=rate)
 
 
 LARGE = Case(4, 16384, 128, 16, 16, 40, "right")
@@ -225,8 +254,25 @@ CASES = {
         replace(SMALL, side="left"),
     ],
     "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(10, 18)],
+    "short": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(9, 13)],
+    "same-bits": [
+        *(replace(SMALL, kv_len=length) for length in (4096, 3996)),
+        *(replace(LARGE, kv_len=length) for length in (16384, 16284)),
+        *(replace(case, head_dim=64) for case in (SMALL, LARGE)),
+    ],
     "window": [LARGE, replace(LARGE, window=1024)],
     "documents": [replace(LARGE, padding=10, documents=8)],
+}
+
+
+OF = {  # the ways of these, where none are named
+    "short": [
+        *("ours, auto", "ours, auto, padding_side", "ours, Triton, padding_side"),
+        *("ours, Triton, blocks of 64, padding_side", "SDPA, is_causal, cuDNN, computes the padding"),
+        *("FlashAttention-4 with lengths, padded rows zeroed", "FlashAttention-4 varlen, already packed"),
+        "cudnn.flex_attention",
+    ],
+    "same-bits": ["ours, Triton", "ours, Triton, same bits"],
 }
 
 
@@ -234,7 +280,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("what", choices=CASES)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries small cases")
-    parser.add_argument("--ways", nargs="+", default=[""], help="of this name, or whose name contains it")
+    parser.add_argument("--ways", nargs="+", help="of this name, or whose name contains it")
     parser.add_argument("--cases", nargs="+", type=int, metavar="N", help="places in the list, default: all")
     args = parser.parse_args()
     cases = CASES[args.what]
@@ -242,7 +288,8 @@ def main() -> None:
     if args.device == "cpu":
         small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
         cases = [replace(case, **small, window=case.window and 8) for case in cases]
-    named = [way for way in WAYS if any(x == way or (x not in WAYS and x in way) for x in args.ways)]
+    wanted = args.ways or OF.get(args.what, [""])
+    named = [way for way in WAYS if any(x == way or (x not in WAYS and x in way) for x in wanted)]
     run(args.what, cases, named, args.results, args.device)
 
 

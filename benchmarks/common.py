@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -86,6 +87,14 @@ def compile_afresh() -> None:
     """So that the next shape is compiled in, as in a model that keeps to one, and not any shape."""
     torch._dynamo.reset()
     _compile.cache_clear()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """What is done inside gives the same bits again."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def differentiate(attention: Callable[..., Any], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

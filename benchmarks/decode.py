@@ -1,9 +1,10 @@
 """What a decoding step's attention costs over a padded cache, beside the memory that it must read.
 
-python benchmarks/decode.py      on a CUDA card
+python benchmarks/decode.py [--same-bits]      on a CUDA card
 
 Sequences of varying length. Padded on the left they end together, where the cache is written to; padded on
-the right each has its query behind its own last token. Results go to benchmarks/results/decode.json.
+the right each has its query behind its own last token. Results go to benchmarks/results/decode.json, or with
+--same-bits, what deterministic algorithms cost at the first sizes, to decode_same_bits.json.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from common import (
     NotMeasuredError,
     Row,
     compile_afresh,
+    deterministic,
     flash_attention_4,
     milliseconds,
     parser_of,
@@ -120,6 +122,16 @@ def ours(cache: Cache) -> Callable[[], Tensor]:
     return partial(cpf.causal_padded_attention, *cache.inputs, **options)
 
 
+def same_bits(cache: Cache) -> Callable[[], Tensor]:
+    run = ours(cache)
+
+    def attention() -> Tensor:
+        with deterministic():
+            return run()
+
+    return attention
+
+
 def sdpa(cache: Cache) -> Callable[[], Tensor]:
     gqa = cache.step.heads != cache.step.kv_heads
     return partial(F.scaled_dot_product_attention, *cache.inputs, attn_mask=cache.make_mask(), enable_gqa=gqa)
@@ -159,15 +171,18 @@ WAYS = {
 }
 
 
+SAME_BITS = {"ours": ours, "ours, same bits": same_bits}
+
+
 @torch.no_grad()
-def measure(step: Step, device: str, rate: float) -> list[Row]:
+def measure(step: Step, device: str, rate: float, ways: dict[str, Any] = WAYS) -> list[Row]:
     cache, rows = Cache(step, device), []
     token = 2 * step.kv_heads * step.head_dim * cache.inputs[0].element_size()  # key and value
     limit = int(cache.lengths.sum()) * token / rate * 1e3
     real = ~cache.pads[:, cache.written - step.q_len : cache.written]  # (B, L)
     real = torch.ones_like(real) if step.side == "right" else real
     expected = sdpa(cache)().transpose(1, 2)[real].float()
-    for way, make in WAYS.items():
+    for way, make in ways.items():
         row: Row = {**asdict(step), "way": way, "limit_ms": limit}
         rows.append(row)
         try:
@@ -191,15 +206,17 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out at tiny sizes"
     )
+    parser.add_argument("--same-bits", action="store_true", help="what deterministic algorithms cost")
     args = parser.parse_args()
     compile_afresh()
-    rate, rows, steps = copy_rate(args.device), [], STEPS
+    rate, rows, steps = copy_rate(args.device), [], STEPS[:7] if args.same_bits else STEPS
+    name, ways = ("decode_same_bits", SAME_BITS) if args.same_bits else ("decode", WAYS)
     if args.device == "cpu":
         tiny = {"batch_size": 3, "heads": 4, "kv_heads": 2, "kv_len": 64, "head_dim": 16}
-        steps = [replace(step, **tiny, q_len=min(step.q_len, 5)) for step in STEPS]
+        steps = [replace(step, **tiny, q_len=min(step.q_len, 5)) for step in steps]
     for step in tqdm(steps, desc="decode"):
-        rows += measure(step, args.device, rate)  # one process: every size comes after other batch sizes
-        save("decode", rows, args.results, args.device, copy_bytes_per_s=rate)
+        rows += measure(step, args.device, rate, ways)  # one process: sizes come after other batch sizes
+        save(name, rows, args.results, args.device, copy_bytes_per_s=rate)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def attention_table(folder: Path) -> str:
     return "\n".join([*lines, "", made_with(result)])
 
 
-def scaling_table(folder: Path) -> str:
+def scaling_table(folder: Path, name: str = "scaling") -> str:
     """Milliseconds forward and backward together, and GiB at the peak, against the length."""
-    result = load("scaling", folder)
+    result = load(name, folder)
     lengths = list(dict.fromkeys(row["kv_len"] for row in result["results"]))
     cells: dict[str, list[str]] = {}
     for row in result["results"]:
@@ -93,6 +93,35 @@ def scaling_table(folder: Path) -> str:
         cells.setdefault(row["way"], [row["way"]]).append(cell)
     lines = table(["ms (GiB)", *map(spaced, lengths)], list(cells.values()))
     return "\n".join([*lines, "", made_with(result)])
+
+
+def same_bits_table(folder: Path) -> str:
+    """Training, milliseconds of both passes, and decoding, microseconds: without and with; their ratio."""
+    training, decoding = load("same_bits", folder), load("decode_same_bits", folder)
+    times = [
+        (f"training, {Case.of(row)}, ms", row["forward_ms"][1] + row["backward_ms"][1])
+        for row in training["results"]
+    ]
+    times += [(f"decoding, {Step.of(row)}, us", row["ms"] * 1e3) for row in decoding["results"]]
+    rows = [
+        [what, f"{usual:.2f}", f"{same:.2f}", f"{same / usual:.2f} x"]
+        for (what, usual), (_, same) in zip(times[::2], times[1::2], strict=True)
+    ]
+    made = dict.fromkeys((made_with(training), made_with(decoding)))
+    return "\n".join([*table(["", "as usual", "same bits", "costs"], rows), "", *made])
+
+
+def step_table(folder: Path) -> str:
+    """A training step: thousands of real tokens a second, and GiB at the peak."""
+    result, rows, sizes = load("step", folder), [], list[str]()
+    for row in result["results"]:
+        sizes = [f"{step['batch_size']} x {spaced(step['length'])}" for step in row["steps"]] or sizes
+        cells = [
+            f"{step['tokens_per_s'] / 1e3:.0f} ({step.get('peak_mib', 0) / 1024:.1f})"
+            for step in row["steps"]
+        ]
+        rows.append([row["way"], *cells])
+    return "\n".join([*table(["thousand tokens a second (GiB)", *sizes], rows), "", made_with(result)])
 
 
 def transformers_table(folder: Path) -> str:
@@ -159,7 +188,7 @@ def decode_table(folder: Path) -> str:
         of_step = cells.setdefault(Step.of(row), {"limit": f"{row['limit_ms']:.3f}"})
         of_step[row["way"]] = f"{row['ms']:.3f} ({row['host_ms']:.2f})" if "ms" in row else ""
     ways = ["limit", *list(WAYS)[1:], "block mask"]
-    rows = [[str(step), *(row[way] for way in ways)] for step, row in cells.items()]
+    rows = [[str(step), *(row.get(way, "") for way in ways)] for step, row in cells.items()]
     header = ["ms (host ms)", *ways[:-1], "our block mask, once for all layers"]
     return "\n".join([*table(header, rows), "", made_with(result)])
 
@@ -170,6 +199,9 @@ TABLES = {
     "stream": stream_table,
     "attention": attention_table,
     "scaling": scaling_table,
+    "short": lambda folder: scaling_table(folder, "short"),
+    "same-bits": same_bits_table,
+    "step": step_table,
     "transformers": transformers_table,
     "packed": packed_table,
     "window": window_table,

@@ -179,6 +179,30 @@ def test_the_table_of_generate(tmp_path: Path) -> None:
     assert "| a: b | stopped after 70 s | 50 (50 s) |" in report.generate_table(tmp_path)
 
 
+def test_first_fit() -> None:
+    assert models.first_fit([2, 7, 3, 8, 5], 10) == [[8, 2], [7, 3], [5]]
+
+
+def test_a_step_of_each_way_is_over_the_same_sequences(tmp_path: Path) -> None:
+    run(models, "step", "--device", "cpu", folder=tmp_path)
+    rows = [row["steps"] for row in common.load("step", tmp_path)["results"]]
+    for steps in zip(*rows, strict=True):
+        assert len({step["real"] for step in steps}) == 1
+        assert [step["loss"] for step in steps] == pytest.approx([steps[0]["loss"]] * 3, rel=1e-4)
+        assert steps[2]["rows"] < steps[0]["rows"] or steps[0]["rows"] == 2
+    first = rows[1][0]["tokens_per_s"] / 1e3
+    assert f"| padded, SDPA is_causal | {first:.0f} (0.0) |" in report.step_table(tmp_path)
+
+
+def test_what_same_bits_cost(tmp_path: Path) -> None:
+    run(attention, "same-bits", "--device", "cpu", "--cases", "1", folder=tmp_path)
+    run(decode, "--same-bits", "--device", "cpu", folder=tmp_path)
+    table = report.same_bits_table(tmp_path)
+    a, b = (row["ms"] for row in common.load("decode_same_bits", tmp_path)["results"][:2])
+    assert f" | {a * 1e3:.2f} | {b * 1e3:.2f} | {b / a:.2f} x |" in table
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "MODES", {"eager": None, "torch.compile": "default"})
     rows = models.measure_small_steps("cpu")
@@ -197,20 +221,22 @@ def test_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert [json.loads(line)["compilations"] for line in capsys.readouterr().out.splitlines()] == [0, 0]
 
 
-@pytest.mark.parametrize("name", attention.CASES)
+@pytest.mark.parametrize("name", [name for name in attention.CASES if name != "same-bits"])
 def test_a_run(name: str, tmp_path: Path) -> None:
     run(attention, name, "--device", "cpu", "--ways", "ours", "cuDNN", folder=tmp_path)
     result = json.loads((tmp_path / f"{name}.json").read_text())
     rows = result["results"]
-    assert len({row["way"] for row in rows}) == 7 and len(rows) == 7 * len(attention.CASES[name])
+    assert len({row["way"] for row in rows}) == 11 and len(rows) == 11 * len(attention.CASES[name])
     measured = [row for row in rows if "not_measured" not in row]
-    assert {row["way"] for row in measured} == {"ours, auto", "ours, Triton", "ours, Triton, safe_padding"}
+    ours = {way for way in attention.WAYS if way.startswith("ours")}
+    on_cuda = {"ours, FLASH", "ours, Triton compiled for changing shapes"}
+    assert {row["way"] for row in measured} == ours - on_cuda
     table = report.TABLES[name](tmp_path)
     assert result["torch"] in table
     for row in measured:
         low, median, high = row["forward_ms"]
         assert 0 < low <= median <= high
-        assert name == "scaling" or f"{median:.2f}" in table
+        assert name in ("scaling", "short") or f"{median:.2f}" in table
     assert "| SDPA, explicit mask, cuDNN | needs CUDA |" in table
 
 
