@@ -36,8 +36,7 @@ _END = 2**29  # a place behind the end of every sequence
 _BEYOND = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
 _DECODES = 16  # at most so many queries are left to the kernel for decoding
 _SEQUENCES = 8  # the batch size that decoding splits the keys for, under deterministic algorithms
-_FLASH_FROM = 2.5e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
-_COMPUTED = 2048  # so many keys more does S count where the mask_mod computes, since rows gain then too
+_FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
 _KINDS = 64  # at most so many kernels are compiled; torch's own limit is 8
 _TILES_SHRINK = torch.__version__ >= "2.14"  # whether backward tiles can be made to divide small blocks
@@ -885,9 +884,10 @@ def _is_faster_with_flash(query, key, block_mask):
     # Where the arithmetic outweighs its launch. What the padding leaves of it is known to the device alone.
     if block_mask is None or block_mask.BLOCK_SIZE != (128, 128):
         return False
-    more = _COMPUTED if getattr(block_mask.mask_mod, "is_computed", False) else 0
-    is_large = query.numel() * (key.shape[2] + more) >= _FLASH_FROM
-    return is_large and not torch.are_deterministic_algorithms_enabled()
+    keys = key.shape[2]
+    if getattr(block_mask.mask_mod, "is_computed", False):  # then they gain in short sequences, too
+        keys = (keys + 2048) // 2
+    return query.numel() * keys >= _FLASH_FROM and not torch.are_deterministic_algorithms_enabled()
 
 
 # What does not fit.

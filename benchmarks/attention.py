@@ -1,6 +1,7 @@
 """What causal attention over a padded batch costs, each way of doing it.
 
-python benchmarks/attention.py attention | scaling | short | same-bits | window | documents   on a CUDA card
+On a CUDA card:
+python benchmarks/attention.py attention | scaling | short | need | same-bits | window | documents
 Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
 """
 
@@ -28,7 +29,7 @@ from common import (
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, flex_attention
 from tqdm import tqdm
 
 import causal_padded_flexattn as cpf
@@ -55,6 +56,15 @@ def ours(
         return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     options = {"pads": batch.pads, "block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
     return partial(cpf.causal_padded_attention, **options)
+
+
+def textbook(batch: Batch) -> Attention:
+    require(batch.device == "cuda", "needs CUDA")
+    require(not batch.case.window and batch.case.documents == 1, "knows causality and padding alone")
+    mask_mod, length = and_masks(cpf.causal, cpf.create_padding_mask(batch.pads)), batch.case.kv_len
+    block_mask = create_block_mask(mask_mod, batch.case.batch_size, None, length, length, batch.device)
+    is_grouped = batch.case.heads != batch.case.kv_heads
+    return partial(torch.compile(flex_attention), block_mask=block_mask, enable_gqa=is_grouped)
 
 
 def same_bits(batch: Batch) -> Attention:
@@ -175,6 +185,7 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
     "ours, Triton, safe_padding": (partial(triton, safe_padding=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
+    "the textbook": (textbook, False, False),
     "flex as transformers runs it": (transformers_flex, False, False),
     "SDPA, explicit mask, efficient": (partial(efficient, explicit=True), False, False),
     "SDPA, explicit mask, cuDNN": (partial(cudnn, explicit=True), False, False),
@@ -255,6 +266,7 @@ CASES = {
     ],
     "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(10, 18)],
     "short": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(9, 13)],
+    "need": [replace(SMALL, batch_size=32, kv_len=1024), SMALL, LARGE, replace(SMALL, side="left")],
     "same-bits": [
         *(replace(SMALL, kv_len=length) for length in (4096, 3996)),
         *(replace(LARGE, kv_len=length) for length in (16384, 16284)),
@@ -271,6 +283,10 @@ OF = {  # the ways of these, where none are named
         *("ours, Triton, blocks of 64, padding_side", "SDPA, is_causal, cuDNN, computes the padding"),
         *("FlashAttention-4 with lengths, padded rows zeroed", "FlashAttention-4 varlen, already packed"),
         "cudnn.flex_attention",
+    ],
+    "need": [
+        *("ours, auto", "the textbook", "SDPA, is_causal, cuDNN, computes the padding"),
+        "SDPA, explicit mask, cuDNN",
     ],
     "same-bits": ["ours, Triton", "ours, Triton, same bits"],
 }

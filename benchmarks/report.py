@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attention import LARGE, SMALL
 from cases import Case
-from common import load, made_with, parser_of
+from common import Row, load, made_with, parser_of
 from decode import WAYS, Step
 from models import CACHES, ROUNDS
 
@@ -200,6 +200,7 @@ TABLES = {
     "attention": attention_table,
     "scaling": scaling_table,
     "short": lambda folder: scaling_table(folder, "short"),
+    "need": lambda folder: window_table(folder, "need"),
     "same-bits": same_bits_table,
     "step": step_table,
     "transformers": transformers_table,
@@ -237,6 +238,37 @@ SHOWN = {
     "FlashAttention-4 with lengths, padded rows zeroed": None,
     "cudnn.flex_attention": None,
 }
+
+
+def readme_need(folder: Path) -> str:
+    """Both passes of five ways, and a decoding step; what is wrong or not measured is a dash."""
+    result, steps = load("need", folder), load("decode", folder)
+    cells: dict[Case, dict[str, Row]] = {}
+    for row in result["results"]:
+        cells.setdefault(Case.of(row), {})[row["way"]] = row
+    rows = []
+    for case, ways in cells.items():
+        line = [f"{case.batch_size} x {spaced(case.kv_len)}, {case.side} padding"]
+        for way, with_mask in NEEDED:
+            row = ways[way]
+            ms = "\u2013"
+            if "forward_ms" in row:
+                both = row["forward_ms"][1] + row["backward_ms"][1]
+                ms = f"{both + (row['mask_ms'][1] if with_mask else 0):.2f}"
+            line.append(ms)
+        rows.append(line)
+    mask, ours, sdpa = (row["ms"] for row in steps["results"][:3])  # of the first step of the table
+    step = f"a decoding step, {steps['results'][0]['batch_size']} x {spaced(steps['results'][0]['kv_len'])}"
+    rows.append([step, f"{ours:.3f}", f"{ours + mask:.3f}", "\u2013", "\u2013", f"{sdpa:.3f}"])
+    header = ["ms", "this file", "and its mask", "the textbook", "SDPA, `is_causal`", "SDPA, explicit mask"]
+    made = dict.fromkeys((made_with(result), made_with(steps)))
+    return "\n".join([*table(header, rows), "", *made])
+
+
+NEEDED = (
+    *(("ours, auto", False), ("ours, auto", True), ("the textbook", False)),
+    *(("SDPA, is_causal, cuDNN, computes the padding", False), ("SDPA, explicit mask, cuDNN", False)),
+)
 
 
 def readme_masks(folder: Path) -> str:
@@ -278,7 +310,7 @@ def small_table(folder: Path) -> str:
 
 
 TABLES |= {"generate": generate_table, "first-step": first_step_table, "small": small_table}
-TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks}
+TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks, "readme-need": readme_need}
 
 
 def main() -> None:
