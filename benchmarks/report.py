@@ -211,33 +211,23 @@ TABLES = {
 
 
 def readme_speed(folder: Path) -> str:
-    """Forward and backward together, and a decoding step: the fastest ways that the tables have."""
-    steps, cells = load("decode", folder), dict[str, list[str]]()
-    result = load("attention", folder)
+    """Forward and backward together: the fastest ways that the tables have."""
+    cells, result = dict[str, list[str]](), load("attention", folder)
     cases = [LARGE, SMALL, replace(LARGE, head_dim=64)]
     for row in result["results"]:
         if (case := Case.of(row)) in cases and row["way"] in SHOWN:
-            of_way = cells.setdefault(row["way"], [""] * 4)
+            of_way = cells.setdefault(row["way"], [""] * len(cases))
             if "forward_ms" in row:
                 of_way[cases.index(case)] = f"{row['forward_ms'][1] + row['backward_ms'][1]:.2f}"
-    for row in steps["results"][: len(WAYS)]:  # the first step of the table
-        way = next((way for way, of_step in SHOWN.items() if of_step == row["way"]), None)
-        if way and "ms" in row:
-            cells[way][3] = f"{row['ms']:.3f}"
-    header = ["ms", "4 x 16 384", "8 x 4 096", "4 x 16 384, heads of 64", "a decoding step, 8 x 4 096"]
-    made = dict.fromkeys((made_with(result), made_with(steps)))
-    return "\n".join([*table(header, [[way, *row] for way, row in cells.items()]), "", *made])
+    header = ["ms", "4 x 16 384", "8 x 4 096", "4 x 16 384, heads of 64"]
+    rows = [[way, *row] for way, row in cells.items()]
+    return "\n".join([*table(header, rows), "", made_with(result)])
 
 
-# Of attention.py, and of decode.py.
-SHOWN = {
-    "ours, auto": "ours",
-    "ours, Triton": None,
-    "SDPA, explicit mask, cuDNN": "SDPA, mask row",
-    "SDPA, is_causal, cuDNN, computes the padding": None,
-    "FlashAttention-4 with lengths, padded rows zeroed": None,
-    "cudnn.flex_attention": None,
-}
+SHOWN = (
+    *("ours, auto", "ours, Triton", "FlashAttention-4 with lengths, padded rows zeroed"),
+    *("FlashAttention-4 varlen, already packed", "cudnn.flex_attention"),
+)
 
 
 def readme_need(folder: Path) -> str:
@@ -261,8 +251,8 @@ def readme_need(folder: Path) -> str:
     step = f"a decoding step, {steps['results'][0]['batch_size']} x {spaced(steps['results'][0]['kv_len'])}"
     rows.append([step, f"{ours:.3f}", f"{ours + mask:.3f}", "\u2013", "\u2013", f"{sdpa:.3f}"])
     header = ["ms", "this file", "and its mask", "the textbook", "SDPA, `is_causal`", "SDPA, explicit mask"]
-    made = dict.fromkeys((made_with(result), made_with(steps)))
-    return "\n".join([*table(header, rows), "", *made])
+    made = f"{made_with(result)[:-1]}; the decoding step {steps['torch']}, {steps['date']})"
+    return "\n".join([*table(header, rows), "", made])
 
 
 NEEDED = (
@@ -271,12 +261,14 @@ NEEDED = (
 )
 
 
-def readme_masks(folder: Path) -> str:
-    """The largest four sizes, and three ways, of the block masks' table."""
-    return block_mask_table(folder, README_MASKS, first=1)
-
-
-README_MASKS = ("create_block_mask", "closed form", "closed form, window and documents")
+def readme_mask_figures(folder: Path) -> str:
+    """Of 8 x 4096: two ways."""
+    rows = {
+        (row["batch_size"], row["kv_len"], row["way"]): row for row in load("block_mask", folder)["results"]
+    }
+    ours, theirs = (rows[8, 4096, way] for way in ("closed form", "create_block_mask"))
+    both = [f"{row['ms']:.2f} ms and {row['peak_mib']:.1f} MiB" for row in (ours, theirs)]
+    return f"{both[0]}, where `create_block_mask` takes {both[1]}"
 
 
 def generate_table(folder: Path) -> str:
@@ -310,7 +302,11 @@ def small_table(folder: Path) -> str:
 
 
 TABLES |= {"generate": generate_table, "first-step": first_step_table, "small": small_table}
-TABLES |= {"readme-speed": readme_speed, "readme-masks": readme_masks, "readme-need": readme_need}
+TABLES |= {
+    "readme-speed": readme_speed,
+    "readme-need": readme_need,
+    "readme-mask-figures": readme_mask_figures,
+}
 
 
 def main() -> None:
