@@ -1,7 +1,6 @@
 """Tables of what was measured: python benchmarks/report.py WHICH."""
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -24,15 +23,15 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def block_mask_table(folder: Path, ways: Sequence[str] | None = None, first: int = 0) -> str:
+def block_mask_table(folder: Path) -> str:
     result = load("block_mask", folder)
     cells: dict[str, dict[str, str]] = {}
     for row in result["results"]:
         size = f"{row['batch_size']} x {spaced(row['kv_len'])}"
         cell = f"{row['ms']:.2f} ms, {row['peak_mib']:.1f} MiB" if "ms" in row else "out of memory"
         cells.setdefault(size, {})[row["way"]] = cell
-    ways = ways or list(dict.fromkeys(row["way"] for row in result["results"]))
-    rows = [[size, *(row.get(way, "") for way in ways)] for size, row in list(cells.items())[first:]]
+    ways = list(dict.fromkeys(row["way"] for row in result["results"]))
+    rows = [[size, *(row.get(way, "") for way in ways)] for size, row in cells.items()]
     return "\n".join([*table(["batch x length", *ways], rows), "", made_with(result)])
 
 
@@ -193,23 +192,6 @@ def decode_table(folder: Path) -> str:
     return "\n".join([*table(header, rows), "", made_with(result)])
 
 
-TABLES = {
-    "decode": decode_table,
-    "block-mask": block_mask_table,
-    "stream": stream_table,
-    "attention": attention_table,
-    "scaling": scaling_table,
-    "short": lambda folder: scaling_table(folder, "short"),
-    "need": lambda folder: window_table(folder, "need"),
-    "same-bits": same_bits_table,
-    "step": step_table,
-    "transformers": transformers_table,
-    "packed": packed_table,
-    "window": window_table,
-    "documents": lambda folder: window_table(folder, "documents"),
-}
-
-
 def readme_speed(folder: Path) -> str:
     """Forward and backward together: the fastest ways that the tables have."""
     cells, result = dict[str, list[str]](), load("attention", folder)
@@ -301,8 +283,23 @@ def small_table(folder: Path) -> str:
     return "\n".join([*table(["ms", *modes], list(cells.values())), "", made_with(result)])
 
 
-TABLES |= {"generate": generate_table, "first-step": first_step_table, "small": small_table}
-TABLES |= {
+TABLES = {
+    "decode": decode_table,
+    "block-mask": block_mask_table,
+    "stream": stream_table,
+    "attention": attention_table,
+    "scaling": scaling_table,
+    "short": lambda folder: scaling_table(folder, "short"),
+    "need": lambda folder: window_table(folder, "need"),
+    "same-bits": same_bits_table,
+    "step": step_table,
+    "transformers": transformers_table,
+    "packed": packed_table,
+    "window": window_table,
+    "documents": lambda folder: window_table(folder, "documents"),
+    "generate": generate_table,
+    "first-step": first_step_table,
+    "small": small_table,
     "readme-speed": readme_speed,
     "readme-need": readme_need,
     "readme-mask-figures": readme_mask_figures,
