@@ -136,7 +136,8 @@ def create_causal_padding_block_mask(
             tokens than the keys, as in cross-attention. Requires `causal=False` and no other option.
         padding_side: "right" or "left" promises that all padding stands there. Kernels then compare places
             with the length of the sequence instead of looking `pads` up. On the CPU a broken promise is a
-            ValueError. On other devices it is not noticed, and the output is wrong.
+            ValueError. On other devices it is not noticed, and the output is wrong. Under deterministic
+            algorithms the promise is not used.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
             Triton's kernels, blocks of 64 train up to 4096 tokens faster than blocks of 128.
 
@@ -164,7 +165,7 @@ def create_causal_padding_block_mask(
 
     first, last = _find_runs(queries, pads, causal, window, documents, spans)
     rules = None
-    if torch.are_deterministic_algorithms_enabled():  # all bits are the same, whether it is promised or not
+    if torch.are_deterministic_algorithms_enabled():  # such rules would not hold behind the end
         padding_side = None
     if padding_side is not None and q_len == kv_len and documents is None and spans is None:
         rules = _compute_runs(pads, causal, window, padding_side)
@@ -534,9 +535,10 @@ def causal_padded_attention(
     Under `torch.use_deterministic_algorithms(True)` a sequence gets the same bits on CUDA, whatever shares
     its batch. This holds for the output, the log-sum-exp, and the gradients of query, key and value. The
     batch may have any size, be padded on the right to any length, and on the left by multiples of the block
-    size. A decoding step under `torch.no_grad` gets the same bits in a batch of any size, and in a cache of
-    any capacity. The block mask must be made here, under the same setting and with the same options. Lengths
-    that are not multiples of the block size are filled up in a copy, which takes time. Before torch 2.13 two
+    size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
+    batch of any size and in a cache of any capacity, also if the sequence stands multiples of 128 further in
+    its row. The block mask must be made here, under the same setting and with the same options. Lengths that
+    are not multiples of the block size are filled up in a copy, which takes time. Before torch 2.13 two
     results are excepted: gradients for head sizes above 128, and the log-sum-exp of decoding. In a graph that
     the caller compiles, that compilation decides the bits.
 
