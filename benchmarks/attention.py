@@ -1,7 +1,7 @@
 """What causal attention over a padded batch costs, each way of doing it.
 
 On a CUDA card:
-python benchmarks/attention.py attention | scaling | short | need | same-bits | window | documents
+python benchmarks/attention.py attention | scaling | need | same-bits | window | documents
 Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
 """
 
@@ -264,8 +264,7 @@ CASES = {
         *(replace(SMALL, kv_heads=4), replace(SMALL, padding=0), replace(SMALL, padding=75)),
         replace(SMALL, side="left"),
     ],
-    "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(10, 18)],
-    "short": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(9, 13)],
+    "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(9, 18)],
     "need": [replace(SMALL, batch_size=32, kv_len=1024), SMALL, LARGE, replace(SMALL, side="left")],
     "same-bits": [
         *(replace(SMALL, kv_len=length) for length in (4096, 3996)),
@@ -278,10 +277,12 @@ CASES = {
 
 
 OF = {  # the ways of these, where none are named
-    "short": [
+    "scaling": [
         *("ours, auto", "ours, auto, padding_side", "ours, Triton, padding_side"),
-        *("ours, Triton, blocks of 64, padding_side", "SDPA, is_causal, cuDNN, computes the padding"),
-        *("FlashAttention-4 with lengths, padded rows zeroed", "FlashAttention-4 varlen, already packed"),
+        *("ours, Triton, blocks of 64, padding_side", "SDPA, explicit mask, cuDNN"),
+        *("SDPA, is_causal, cuDNN, computes the padding", "FlashAttention-4 varlen, already packed"),
+        "FlashAttention-2 varlen (torch), padded to padded",
+        "FlashAttention-4 with lengths, padded rows zeroed",
         "cudnn.flex_attention",
     ],
     "need": [

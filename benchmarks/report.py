@@ -79,9 +79,9 @@ def attention_table(folder: Path) -> str:
     return "\n".join([*lines, "", made_with(result)])
 
 
-def scaling_table(folder: Path, name: str = "scaling") -> str:
+def scaling_table(folder: Path) -> str:
     """Milliseconds forward and backward together, and GiB at the peak, against the length."""
-    result = load(name, folder)
+    result = load("scaling", folder)
     lengths = list(dict.fromkeys(row["kv_len"] for row in result["results"]))
     cells: dict[str, list[str]] = {}
     for row in result["results"]:
@@ -289,7 +289,6 @@ TABLES = {
     "stream": stream_table,
     "attention": attention_table,
     "scaling": scaling_table,
-    "short": lambda folder: scaling_table(folder, "short"),
     "need": lambda folder: window_table(folder, "need"),
     "same-bits": same_bits_table,
     "step": step_table,

@@ -114,7 +114,9 @@ def test_whole_sequences(kind: str, dtype: torch.dtype, heads: tuple[int, int, i
             *(Place(17, 11, 900), Place(5, 2, 1024), Place(8, 7, 1000)),
             *(Place(2, 0, length + 128, left=128), Place(4, 3, length + 384, left=384)),
         ]
-        for lse in (False, True) if kind == "plain" and length > 1 else (False,):
+        # Of two cases, because each asks for kernels of its own.
+        asks = kind == "plain" and dtype == torch.bfloat16 and size in (64, 128) and length > 1
+        for lse in (False, True) if asks else (False,):
             expected = results(kind, tensors, alone, length, lse)
             for place in others:
                 for name, x, y in zip(
