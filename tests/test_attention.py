@@ -1450,6 +1450,8 @@ def test_flash_in_a_compiled_model() -> None:
     [
         ({}, True),
         ({"lengths": (511, 511)}, False),
+        ({"lengths": (300, 300), "side": "right"}, True),
+        ({"lengths": (150, 150), "side": "right"}, False),
         ({"lengths": (256, 1024)}, False),
         ({"dtype": torch.float32}, False),
         ({"sizes": (64, 256)}, False),
@@ -1463,13 +1465,14 @@ def test_flash_in_a_compiled_model() -> None:
 def test_when_auto_takes_flash(change: dict, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     installed, deterministic = change.pop("installed", True), change.pop("deterministic", False)
     BLOCK_SIZE, mod, lse = change.pop("BLOCK_SIZE", 128), change.pop("mod", None), change.pop("lse", False)
+    options = {"BLOCK_SIZE": BLOCK_SIZE, "padding_side": change.pop("side", None)}
     monkeypatch.setattr(causal_padded_flexattn, "_FLASH_FROM", 3 * 4 * 512 * 512 * 64)
     monkeypatch.setattr(causal_padded_flexattn, "_HAS_FLASH", installed)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
     (query, key, value), _ = make_inputs("cpu", **{"dtype": torch.bfloat16, "lengths": (512, 512), **change})
     pads = torch.zeros(3, key.shape[2], dtype=torch.bool)
-    block_mask = create_causal_padding_block_mask(pads, query.shape[2], BLOCK_SIZE=BLOCK_SIZE)
+    block_mask = create_causal_padding_block_mask(pads, query.shape[2], **options)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     faster = _is_faster_with_flash(query, key, block_mask)
     assert (faster and _can_use_flash(query, key, value, mod, lse)) == flash

@@ -209,6 +209,10 @@ def test_what_is_filled_up_is_not_seen(block: Any, kind: str) -> None:
     q_block, kv_block = block if isinstance(block, tuple) else (block, block)
     assert filled[0].shape[2] == filled_mask.shape[2] == length + -length % q_block
     assert filled[1].shape[2] == filled_mask.shape[3] == length + -length % kv_block
+    rows, columns = (torch.arange(x.shape[2]) for x in filled[:2])
+    inside = bias[0, 0, rows.clamp(max=length - 1)][:, columns.clamp(max=length - 1)]
+    b = h = torch.zeros((), dtype=torch.long)
+    assert torch.equal(modifies(torch.zeros(()), b, h, rows[:, None], columns), inside)
     output = _attend_in_plain_operators(*filled, modifies, filled_mask, None, False)[:, :, :length]
     expected, _ = written_out(query, key, value, explicit_mask(pads, **options), score_mod=score_mod)
     torch.testing.assert_close(output, expected)
