@@ -210,7 +210,7 @@ def _build_from_runs(first, last, until, keys, pads, query_pads, blocks, padding
     that compute the same.
     """
     q_len, kv_len = query_pads.shape[1], pads.shape[1]
-    # Under deterministic algorithms the mask of whole sequences also holds behind them, for _fill_blocks.
+    # Under deterministic algorithms _fill_blocks adds places behind the end, which the mask must know.
     is_filled = q_len == kv_len and torch.are_deterministic_algorithms_enabled()
     decodes = not (is_filled or torch.is_grad_enabled()) and q_len <= min(_DECODES, blocks[0])
     find_tiles = _opaque_find_tiles if torch.compiler.is_compiling() else _find_tiles
@@ -536,11 +536,11 @@ def causal_padded_attention(
     its batch. This holds for the output, the log-sum-exp, and the gradients of query, key and value. The
     batch may have any size, be padded on the right to any length, and on the left by multiples of the block
     size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
-    batch of any size and in a cache of any capacity, also if the sequence stands multiples of 128 further in
-    its row. The block mask must be made here, under the same setting and with the same options. Lengths that
-    are not multiples of the block size are filled up in a copy, which takes time. Before torch 2.13 two
-    results are excepted: gradients for head sizes above 128, and the log-sum-exp of decoding. In a graph that
-    the caller compiles, that compilation decides the bits.
+    batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
+    multiple of 128. The block mask must be made here, under the same setting and with the same options.
+    Lengths that are not multiples of the block size are filled up in a copy, which takes time. Before torch
+    2.13 two results are excepted: gradients for head sizes above 128, and the log-sum-exp of decoding. In a
+    graph that the caller compiles, that compilation decides the bits.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
@@ -634,22 +634,22 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
         is_faster = _is_faster_with_flash(query, key, block_mask)
         usable = is_faster and _can_use_flash(query, key, value, score_mod, return_lse)
         backend = "flash" if usable else "triton"
-    q_len, inputs = query.shape[2], (query, key, value, score_mod, block_mask)
+    q_len = query.shape[2]
     if backend == "triton" and getattr(getattr(block_mask, "mask_mod", None), "is_filled", False):
-        inputs = _fill_blocks(*inputs)
-    options = _kernel_options(*inputs[:3], inputs[4], backend)
+        query, key, value, score_mod, block_mask = _fill_blocks(query, key, value, score_mod, block_mask)
+    options = _kernel_options(query, key, value, block_mask, backend)
     run = _flex_attention if torch.compiler.is_compiling() else _run_compiled  # there the caller compiles
-    result = run(*inputs, scale, return_lse, options)
-    if inputs[0].shape[2] == q_len:
+    result = run(query, key, value, score_mod, block_mask, scale, return_lse, options)
+    if query.shape[2] == q_len:
         return result
     return tuple(x[:, :, :q_len] for x in result) if return_lse else result[:, :, :q_len]
 
 
 def _fill_blocks(query, key, value, score_mod, block_mask):
-    """The same with zeros behind the end, up to whole blocks, which the mask lets nothing see.
+    """Fill the inputs up with zeros to whole blocks. The mask lets no token see what is added.
 
-    Kernels for lengths that fill their tiles give other bits than kernels for lengths that do not. With this
-    only the former are used, so that a sequence gets the same bits in a batch of any length.
+    Kernels for lengths that fill their tiles give other bits than kernels for lengths that do not. After this
+    only the former are used, so a sequence gets the same bits in a batch of any length.
     """
     q_len, kv_len = block_mask.shape[2:]
     q_missing, kv_missing = (
@@ -666,18 +666,20 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
 
     query = F.pad(query, (0, 0, 0, q_missing))
     key, value = (F.pad(x, (0, 0, 0, kv_missing)) for x in (key, value))
-    lists = {name: getattr(block_mask, name) for name in _LISTS}
-    lengths, blocks = (q_len + q_missing, kv_len + kv_missing), block_mask.BLOCK_SIZE
-    filled = BlockMask(seq_lengths=lengths, **lists, BLOCK_SIZE=blocks, mask_mod=block_mask.mask_mod)
+    filled = BlockMask(
+        seq_lengths=(q_len + q_missing, kv_len + kv_missing),
+        kv_num_blocks=block_mask.kv_num_blocks,
+        kv_indices=block_mask.kv_indices,
+        full_kv_num_blocks=block_mask.full_kv_num_blocks,
+        full_kv_indices=block_mask.full_kv_indices,
+        q_num_blocks=block_mask.q_num_blocks,
+        q_indices=block_mask.q_indices,
+        full_q_num_blocks=block_mask.full_q_num_blocks,
+        full_q_indices=block_mask.full_q_indices,
+        BLOCK_SIZE=block_mask.BLOCK_SIZE,
+        mask_mod=block_mask.mask_mod,
+    )
     return query, key, value, modifies, filled
-
-
-_LISTS = tuple(
-    f"{full}{axis}_{what}"
-    for full in ("", "full_")
-    for axis in ("kv", "q")
-    for what in ("num_blocks", "indices")
-)
 
 
 def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):

@@ -67,15 +67,9 @@ def textbook(batch: Batch) -> Attention:
     return partial(torch.compile(flex_attention), block_mask=block_mask, enable_gqa=is_grouped)
 
 
+@deterministic()
 def same_bits(batch: Batch) -> Attention:
-    with deterministic():
-        inner = ours(batch, "triton")
-
-    def attention(*inputs: Tensor) -> Tensor:
-        with deterministic():
-            return inner(*inputs)
-
-    return attention
+    return deterministic()(ours(batch, "triton"))
 
 
 def transformers_flex(batch: Batch) -> Attention:

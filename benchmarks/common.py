@@ -93,8 +93,10 @@ def compile_afresh() -> None:
 def deterministic() -> Iterator[None]:
     """What is done inside gives the same bits again."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def differentiate(attention: Callable[..., Any], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

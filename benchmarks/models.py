@@ -100,7 +100,7 @@ def stream_of(way: str) -> None:
 
 
 def make_model(kind: str, scale: int, layers: int = 4, kv_heads: int = 4) -> torch.nn.Module:
-    """Of Mistral all with a window of 1024, of Gemma 3 every other one."""
+    """All layers of Mistral and every other layer of Gemma 3 have a window of 1024."""
     import transformers
 
     sizes = {

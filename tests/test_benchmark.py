@@ -161,7 +161,7 @@ def test_the_same_losses_and_tokens(kind: str, capsys: pytest.CaptureFixture) ->
 
 
 @pytest.mark.usefixtures("stock_afterwards")
-def test_a_run_of_packed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_packed_batches(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--of", "sdpa", "ours"]
     run(models, "packed", *arguments, folder=tmp_path)
     sdpa, ours = (row["steps"] for row in common.load("packed", tmp_path)["results"])

@@ -39,14 +39,14 @@ def random(seed: int, *shape: int, dtype: torch.dtype, device: str = "cuda") -> 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
 
 
-def pads_of(place: Place, length: int, device: str = "cuda") -> Tensor:
+def pads_of(place: Place, length: int) -> Tensor:
     """The others are of any length, padded on the side that the sequence is."""
     generator = torch.Generator().manual_seed(place.batch_size + place.kv_len)
     lengths = torch.randint(1, place.kv_len + 1, (place.batch_size, 1), generator=generator)
     places = torch.arange(place.kv_len)
     pads = places < place.kv_len - lengths if place.left else places >= lengths
     pads[place.row] = (places < place.left) | (places >= place.left + length)
-    return pads.to(device)
+    return pads.cuda()
 
 
 def seen(kind: str, place: Place, length: int) -> dict[str, Any]:
@@ -64,14 +64,12 @@ def seen(kind: str, place: Place, length: int) -> dict[str, Any]:
     return {kind: values.repeat(place.batch_size, 1).cuda()}
 
 
-def alibi(device: str = "cuda") -> Any:
-    slopes = torch.linspace(0.1, 1, 16, device=device)
+def alibi() -> Any:
+    slopes = torch.linspace(0.1, 1, 16, device="cuda")
     return lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx)
 
 
-def results(
-    kind: str, tensors: list[Tensor], place: Place, length: int, lse: bool, **more: Any
-) -> list[Tensor]:
+def results(kind: str, tensors: list[Tensor], place: Place, length: int, lse: bool) -> list[Tensor]:
     """Of the sequence: output, gradients and, if asked for, log-sum-exp."""
     end, batch = place.left + length, []
     for i, x in enumerate(tensors):
@@ -81,7 +79,7 @@ def results(
         batch.append(filled)
     pads = pads_of(place, length)
     query, key, value = (x.requires_grad_() for x in batch[:3])
-    options = seen(kind, place, length) | more
+    options = seen(kind, place, length)
     if kind == "score_mod":
         options["score_mod"] = alibi()
     if lse:
