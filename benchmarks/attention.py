@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -58,13 +59,15 @@ def ours(
     return partial(cpf.causal_padded_attention, **options)
 
 
-def textbook(batch: Batch) -> Attention:
+def textbook(batch: Batch, kernel_options: dict[str, Any] | None = None, **how: bool) -> Attention:
     require(batch.device == "cuda", "needs CUDA")
     require(not batch.case.window and batch.case.documents == 1, "knows causality and padding alone")
+    require(how.keys() <= inspect.signature(create_block_mask).parameters.keys(), "is not in this torch")
     mask_mod, length = and_masks(cpf.causal, cpf.create_padding_mask(batch.pads)), batch.case.kv_len
-    block_mask = create_block_mask(mask_mod, batch.case.batch_size, None, length, length, batch.device)
-    is_grouped = batch.case.heads != batch.case.kv_heads
-    return partial(torch.compile(flex_attention), block_mask=block_mask, enable_gqa=is_grouped)
+    sizes = batch.case.batch_size, None, length, length
+    options: Any = {"block_mask": create_block_mask(mask_mod, *sizes, batch.device, **how)}
+    options |= {"enable_gqa": batch.case.heads != batch.case.kv_heads, "kernel_options": kernel_options}
+    return partial(torch.compile(flex_attention), **options)
 
 
 @deterministic()
@@ -143,7 +146,8 @@ def with_lengths(batch: Batch) -> Attention:
             if x.requires_grad:
                 x.register_hook(lambda grad: grad.masked_fill_(pads, 0.0))
         output = flash(*views, **options)[0]
-        output.data.masked_fill_(pads, 0.0)  # unseen by autograd: the kernels do not read there either
+        # Another tensor of the same memory, unseen by autograd: the kernels do not read there either.
+        torch.from_dlpack(output.detach()).masked_fill_(pads, 0.0)
         return output.transpose(1, 2)
 
     return attention
@@ -168,6 +172,8 @@ cudnn = partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION)
 efficient = partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION)
 fa2, fa4 = (partial(varlen, package=package) for package in ("torch", "flash-attn-4"))
 triton = partial(ours, backend="triton")
+# For the same bits in any batch, https://github.com/pytorch/torchtitan/pull/3077.
+TORCHTITAN = {"BLOCK_M": 16, "BLOCK_N": 16, "IS_DIVISIBLE": False, "FORCE_USE_FLEX_ATTENTION": True}
 # How to make it of a batch, whether its inputs are packed, whether it packs them.
 WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, auto": (partial(ours, backend="auto"), False, False),
@@ -180,6 +186,8 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, Triton, safe_padding": (partial(triton, safe_padding=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
     "the textbook": (textbook, False, False),
+    "the textbook, one list of tiles": (partial(textbook, separate_full_blocks=False), False, False),
+    "the textbook, torchtitan's tiles of 16": (partial(textbook, kernel_options=TORCHTITAN), False, False),
     "flex as transformers runs it": (transformers_flex, False, False),
     "SDPA, explicit mask, efficient": (partial(efficient, explicit=True), False, False),
     "SDPA, explicit mask, cuDNN": (partial(cudnn, explicit=True), False, False),
@@ -283,7 +291,10 @@ OF = {  # the ways of these, where none are named
         *("ours, auto", "the textbook", "SDPA, is_causal, cuDNN, computes the padding"),
         "SDPA, explicit mask, cuDNN",
     ],
-    "same-bits": ["ours, Triton", "ours, Triton, same bits"],
+    "same-bits": [
+        *("ours, Triton", "ours, Triton, same bits", "the textbook", "the textbook, one list of tiles"),
+        "the textbook, torchtitan's tiles of 16",
+    ],
 }
 
 

@@ -95,19 +95,32 @@ def scaling_table(folder: Path) -> str:
 
 
 def same_bits_table(folder: Path) -> str:
-    """Training, milliseconds of both passes, and decoding, microseconds: without and with; their ratio."""
+    """Each way's milliseconds, of both passes in training, and how many times the usual way's they are."""
     training, decoding = load("same_bits", folder), load("decode_same_bits", folder)
-    times = [
-        (f"training, {Case.of(row)}, ms", row["forward_ms"][1] + row["backward_ms"][1])
-        for row in training["results"]
-    ]
-    times += [(f"decoding, {Step.of(row)}, us", row["ms"] * 1e3) for row in decoding["results"]]
-    rows = [
-        [what, f"{usual:.2f}", f"{same:.2f}", f"{same / usual:.2f} x"]
-        for (what, usual), (_, same) in zip(times[::2], times[1::2], strict=True)
-    ]
+    cells: dict[str, dict[str, float]] = {}
+    for row in training["results"]:
+        if "forward_ms" in row:
+            both = row["forward_ms"][1] + row["backward_ms"][1]
+            cells.setdefault(f"training, {Case.of(row)}", {})[row["way"]] = both
+    for row in decoding["results"]:
+        way = row["way"].replace("ours", "ours, Triton")
+        cells.setdefault(f"decoding, {Step.of(row)}", {})[way] = row["ms"]
+    rows: list[list[str]] = []
+    for what, times in cells.items():
+        rows.append([what, f"{times['ours, Triton']:.3f}"])
+        for way, usual in SAME_BITS:
+            measured = way in times
+            rows[-1] += [f"{times[way]:.3f} ({times[way] / times[usual]:.2f} x)" if measured else ""]
     made = dict.fromkeys((made_with(training), made_with(decoding)))
-    return "\n".join([*table(["", "as usual", "same bits", "costs"], rows), "", *made])
+    header = ["ms", "as usual", "same bits", "torch: one list of tiles", "torchtitan: tiles of 16"]
+    return "\n".join([*table(header, rows), "", *made])
+
+
+SAME_BITS = (
+    ("ours, Triton, same bits", "ours, Triton"),
+    ("the textbook, one list of tiles", "the textbook"),
+    ("the textbook, torchtitan's tiles of 16", "the textbook"),
+)
 
 
 def step_table(folder: Path) -> str:
