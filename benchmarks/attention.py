@@ -278,7 +278,20 @@ CASES = {
 }
 
 
+MASKED = [  # what masks padding, without and with a window or documents
+    *("ours, Triton", "ours, FLASH", "SDPA, explicit mask, cuDNN"),
+    *("FlashAttention-4 with lengths, padded rows zeroed", "FlashAttention-4 varlen, padded to padded"),
+    *("FlashAttention-4 varlen, already packed", "cudnn.flex_attention"),
+]
 OF = {  # the ways of these, where none are named
+    "attention": [
+        *("ours, auto", "ours, Triton", "ours, Triton, safe_padding", "SDPA, explicit mask, cuDNN"),
+        "SDPA, is_causal, cuDNN, computes the padding",
+        "FlashAttention-2 varlen (torch), padded to padded",
+        *MASKED[3:],
+    ],
+    "window": MASKED,
+    "documents": MASKED,
     "scaling": [
         *("ours, auto", "ours, auto, padding_side", "ours, Triton, padding_side"),
         *("ours, Triton, blocks of 64, padding_side", "SDPA, explicit mask, cuDNN"),
@@ -310,7 +323,7 @@ def main() -> None:
     if args.device == "cpu":
         small = {"batch_size": 2, "kv_len": 40, "heads": 2, "kv_heads": 1, "head_dim": 16}
         cases = [replace(case, **small, window=case.window and 8) for case in cases]
-    wanted = args.ways or OF.get(args.what, [""])
+    wanted = args.ways or OF[args.what]
     named = [way for way in WAYS if any(x == way or (x not in WAYS and x in way) for x in wanted)]
     run(args.what, cases, named, args.results, args.device)
 
