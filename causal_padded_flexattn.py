@@ -764,6 +764,9 @@ _LOCK = threading.Lock()  # torch breaks where two threads import what it compil
 
 def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options):
     _make_constant(query.shape[1], key.shape[1])
+    _make_constant(*(n for n in options.values() if type(n) is int))
+    if block_mask is not None:
+        _make_constant(*block_mask.BLOCK_SIZE)
     if options["BACKEND"] == "TRITON_DECODE":
         _make_constant(query.shape[0])
     aux = AuxRequest(lse=True) if return_lse else None
@@ -775,9 +778,12 @@ def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse,
 
 
 def _make_constant(*sizes):
-    """Make these sizes constants of the compiled kernel, which is faster with them.
+    """Make these sizes constants of the compiled kernel.
 
     A trace can only follow a loop if it knows how often the loop runs, so it takes the size for a constant.
+    Kernels are faster with constant numbers of heads. The other sizes are constants of a kernel anyway, but
+    torch's cache of compiled graphs ignores what Inductor alone has found to be one. Once such a size had
+    changed, the cache would give out a kernel for another size, and the output would be wrong.
     """
     for size in sizes:
         for _ in range(size):

@@ -3,7 +3,7 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -38,13 +38,8 @@ PADDING = ["none", "right", "left", "holes", "empty"]
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    """And, as a user would, a reset before the product's own limit of 64 compiled kernels."""
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    if counters["stats"]["unique_graphs"] > 24:
-        torch.compiler.reset()
-        counters.clear()
 
 
 @pytest.fixture
@@ -259,6 +254,52 @@ def test_blocks_of_other_sizes(BLOCK_SIZE: int | tuple[int, int], dtype: torch.d
                 ValueError, match=r"before torch 2.14 gradients in half precision need a BLOCK_SIZE"
             ):
                 check(*training, pads, seen=seen, block_mask=block_mask)
+
+
+@pytest.mark.cuda
+def test_block_sizes_one_after_the_other() -> None:
+    """Each gets its own kernel, also from torch's cache, when lengths and sizes are variables of a graph."""
+    torch.compiler.reset()
+    for dtype, size, length, blocks in (
+        *((torch.float32, *other) for other in ((16, 150, 128), (64, 300, (128, 32)), (64, 300, (48, 96)))),
+        *((torch.bfloat16, 64, 300, block) for block in (16, 64, 256, 32)),
+    ):
+        for q_len in (length, 16, 1):
+            pads = make_pads("left", length, "cuda", batch_size=4 if size == 16 else 3)
+            shapes = {"lengths": (q_len, length), "sizes": (size, size), "batch_size": len(pads)}
+            inputs, grad = make_inputs("cuda", dtype, **shapes)
+            seen = OPTIONS["spans"](pads)
+            block_mask = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=blocks, **seen)
+            trains = dtype == torch.float32 and q_len == length
+            check(inputs, grad if trains else None, pads, seen=seen, block_mask=block_mask)
+
+
+def test_what_a_kernel_is_compiled_for_is_a_constant_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's cache of compiled graphs tells graphs apart by their constants, not by what Inductor finds."""
+    monkeypatch.setattr(causal_padded_flexattn, "_is_on_hopper", lambda x: True)
+    found = list[list[str]]()
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable:
+        (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
+        value_of = lambda x: x.meta["example_value"] if isinstance(x, torch.fx.Node) else x
+        sizes = [value_of(x).shape[n] for x in node.args[:3] for n in (1, 3)]
+        found.append([str(value_of(x)) for x in (*node.args[4][-3:-1], *node.args[6].values(), *sizes)])
+        return graph.forward
+
+    compiled = torch.compile(causal_padded_flexattn._flex_attention, backend=record, fullgraph=True)
+    for size, value_size, heads, blocks in ((64, 64, 4, 128), (128, 64, 2, 16), (96, 128, 8, (64, 128))):
+        for q_len in (300, 1):
+            pads = make_pads("left", 300, "cpu", batch_size=heads)
+            options = {"lengths": (q_len, 300), "sizes": (size, value_size), "heads": (heads, 2)}
+            inputs, _ = make_inputs("cpu", torch.bfloat16, batch_size=heads, **options)
+            with torch.no_grad():
+                block_mask = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=blocks)
+                options = _kernel_options(*inputs, block_mask)
+                compiled(*inputs, None, block_mask, 0.5, False, options)
+            known = [str(x) for name, x in options.items() if name != "BACKEND"]
+            assert set(known) <= set(found[-1])
+    assert len(found) == 6
+    assert not [x for sizes in found for x in sizes if x.startswith("s")]
 
 
 @pytest.mark.cuda
