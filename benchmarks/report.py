@@ -95,25 +95,20 @@ def scaling_table(folder: Path) -> str:
 
 
 def same_bits_table(folder: Path) -> str:
-    """Each way's milliseconds, of both passes in training, and how many times the usual way's they are."""
-    training, decoding = load("same_bits", folder), load("decode_same_bits", folder)
-    cells: dict[str, dict[str, float]] = {}
-    for row in training["results"]:
+    """Each way's milliseconds, of both passes, and how many times the usual way's they are."""
+    result, cells = load("same_bits", folder), dict[str, dict[str, float]]()
+    for row in result["results"]:
         if "forward_ms" in row:
             both = row["forward_ms"][1] + row["backward_ms"][1]
-            cells.setdefault(f"training, {Case.of(row)}", {})[row["way"]] = both
-    for row in decoding["results"]:
-        way = row["way"].replace("ours", "ours, Triton")
-        cells.setdefault(f"decoding, {Step.of(row)}", {})[way] = row["ms"]
+            cells.setdefault(str(Case.of(row)), {})[row["way"]] = both
     rows: list[list[str]] = []
-    for what, times in cells.items():
-        rows.append([what, f"{times['ours, Triton']:.3f}"])
+    for case, times in cells.items():
+        rows.append([case, f"{times['ours, Triton']:.2f}"])
         for way, usual in SAME_BITS:
             measured = way in times
-            rows[-1] += [f"{times[way]:.3f} ({times[way] / times[usual]:.2f} x)" if measured else ""]
-    made = dict.fromkeys((made_with(training), made_with(decoding)))
-    header = ["ms", "as usual", "same bits", "torch: one list of tiles", "torchtitan: tiles of 16"]
-    return "\n".join([*table(header, rows), "", *made])
+            rows[-1] += [f"{times[way]:.2f} ({times[way] / times[usual]:.2f} x)" if measured else ""]
+    header = ["ms", "ours as usual", "ours, same bits", "torch, one list of tiles"]
+    return "\n".join([*table([*header, "torchtitan, tiles of 16"], rows), "", made_with(result)])
 
 
 SAME_BITS = (
@@ -121,6 +116,17 @@ SAME_BITS = (
     ("the textbook, one list of tiles", "the textbook"),
     ("the textbook, torchtitan's tiles of 16", "the textbook"),
 )
+
+
+def decode_same_bits_table(folder: Path) -> str:
+    result, cells = load("decode_same_bits", folder), dict[str, list[float]]()
+    for row in result["results"]:
+        cells.setdefault(str(Step.of(row)), []).append(row["ms"])
+    rows = [
+        [step, f"{usual:.3f}", f"{same:.3f} ({same / usual:.2f} x)"]
+        for step, (usual, same) in ((step, times[-2:]) for step, times in cells.items())
+    ]
+    return "\n".join([*table(["ms", "ours as usual", "ours, same bits"], rows), "", made_with(result)])
 
 
 def step_table(folder: Path) -> str:
@@ -304,6 +310,7 @@ TABLES = {
     "scaling": scaling_table,
     "need": lambda folder: window_table(folder, "need"),
     "same-bits": same_bits_table,
+    "decode-same-bits": decode_same_bits_table,
     "step": step_table,
     "transformers": transformers_table,
     "packed": packed_table,

@@ -150,7 +150,7 @@ def test_the_recipe_of_cudnn() -> None:
 
 def test_the_tables_are_those_of_a_run() -> None:
     both = ["block-mask", "stream", "attention", "transformers", "window", "documents", "decode", "packed"]
-    for name in [*both, "scaling", "generate", "first-step", "small"]:
+    for name in [*both, "scaling", "same-bits", "generate", "first-step", "small"]:
         assert report.TABLES[name](RESULTS) in TABLES
     assert report.TABLES["generate"](RESULTS / "static") in TABLES
     for name in [*both, "need"]:
