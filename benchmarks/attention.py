@@ -267,7 +267,10 @@ CASES = {
         replace(SMALL, side="left"),
     ],
     "scaling": [replace(LARGE, batch_size=2**17 >> n, kv_len=2**n) for n in range(9, 18)],
-    "need": [replace(SMALL, batch_size=32, kv_len=1024), SMALL, LARGE, replace(SMALL, side="left")],
+    "need": [
+        *(replace(SMALL, batch_size=32, kv_len=1024), SMALL, LARGE),
+        *(replace(SMALL, head_dim=64), replace(SMALL, side="left")),
+    ],
     "same-bits": [
         *(replace(SMALL, kv_len=length) for length in (4096, 3996)),
         *(replace(LARGE, kv_len=length) for length in (16384, 16284)),

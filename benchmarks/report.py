@@ -239,7 +239,8 @@ def readme_need(folder: Path) -> str:
         cells.setdefault(Case.of(row), {})[row["way"]] = row
     rows = []
     for case, ways in cells.items():
-        line = [f"{case.batch_size} x {spaced(case.kv_len)}, {case.side} padding"]
+        heads = "" if case.head_dim == LARGE.head_dim else f", heads of {case.head_dim}"
+        line = [f"{case.batch_size} x {spaced(case.kv_len)}{heads}, {case.side} padding"]
         for way, with_mask in NEEDED:
             row = ways[way]
             ms = "\u2013"

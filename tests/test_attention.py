@@ -174,7 +174,8 @@ def test_heads(device: str, heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scale(device: str) -> None:
-    check(*make_inputs(device), make_pads("right", 200, device), scale=0.3)
+    for scale in (0.3, 0.1, 0.05):  # one after the other, because torch makes a variable of what changes
+        check(*make_inputs(device), make_pads("right", 200, device), scale=scale)
 
 
 @pytest.mark.parametrize("device", DEVICES)
