@@ -784,8 +784,8 @@ def _make_constant(*sizes):
 
     A trace can only follow a loop if it knows how often the loop runs, so it takes the size for a constant.
     Kernels are faster with constant numbers of heads. The other sizes are constants of a kernel anyway, but
-    torch's cache of compiled graphs ignores what Inductor alone has found to be one. Once such a size had
-    changed, the cache would give out a kernel for another size, and the output would be wrong.
+    where one had changed, and torch had made a variable of it, torch's cache of compiled graphs gave out the
+    kernel for another size, and the output was wrong. That was seen on torch 2.11 and 2.15.
     """
     for size in sizes:
         for _ in range(size):

@@ -276,7 +276,7 @@ def test_block_sizes_one_after_the_other() -> None:
 
 
 def test_what_a_kernel_is_compiled_for_is_a_constant_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's cache of compiled graphs tells graphs apart by their constants, not by what Inductor finds."""
+    """Of variables torch's cache of compiled graphs gave out the kernel for other values."""
     monkeypatch.setattr(causal_padded_flexattn, "_is_on_hopper", lambda x: True)
     found = list[list[str]]()
 
