@@ -766,9 +766,9 @@ _LOCK = threading.Lock()  # torch breaks where two threads import what it compil
 
 def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options):
     _make_constant(query.shape[1], key.shape[1])
-    _make_constant(*(n for n in options.values() if type(n) is int))
-    if block_mask is not None:
-        _make_constant(*block_mask.BLOCK_SIZE)
+    # Otherwise Inductor asks whether the two are equal or the second is 1. Torch's cache of compiled graphs
+    # joins such conditions without brackets, "a and b or c", and gave out a kernel for another block size.
+    _require(query.shape[0] == value.shape[0], "query and value must have one batch size")
     if options["BACKEND"] == "TRITON_DECODE":
         _make_constant(query.shape[0])
     aux = AuxRequest(lse=True) if return_lse else None
@@ -780,12 +780,9 @@ def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse,
 
 
 def _make_constant(*sizes):
-    """Make these sizes constants of the compiled kernel.
+    """Make these sizes constants of the compiled kernel, which is faster with them.
 
     A trace can only follow a loop if it knows how often the loop runs, so it takes the size for a constant.
-    Kernels are faster with constant numbers of heads. The other sizes are constants of a kernel anyway, but
-    where one had changed, and torch had made a variable of it, torch's cache of compiled graphs gave out the
-    kernel for another size, and the output was wrong. That was seen on torch 2.11 and 2.15.
     """
     for size in sizes:
         for _ in range(size):

@@ -259,7 +259,7 @@ def test_blocks_of_other_sizes(BLOCK_SIZE: int | tuple[int, int], dtype: torch.d
 
 @pytest.mark.cuda
 def test_block_sizes_one_after_the_other() -> None:
-    """Each gets its own kernel, also from torch's cache, when lengths and sizes are variables of a graph."""
+    """Each gets its own kernel, also from torch's cache, when all sizes are variables of a graph."""
     torch.compiler.reset()
     for dtype, size, length, blocks in (
         *((torch.float32, *other) for other in ((16, 150, 128), (64, 300, (128, 32)), (64, 300, (48, 96)))),
@@ -275,32 +275,23 @@ def test_block_sizes_one_after_the_other() -> None:
             check(inputs, grad if trains else None, pads, seen=seen, block_mask=block_mask)
 
 
-def test_what_a_kernel_is_compiled_for_is_a_constant_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of variables torch's cache of compiled graphs gave out the kernel for other values."""
-    monkeypatch.setattr(causal_padded_flexattn, "_is_on_hopper", lambda x: True)
-    found = list[list[str]]()
+def test_batch_sizes_are_one_variable() -> None:
+    """Otherwise a condition of Inductor's voids those before it in torch's cache of compiled graphs."""
+    found = list[set[str]]()
 
     def record(graph: torch.fx.GraphModule, _: object) -> Callable:
         (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
-        value_of = lambda x: x.meta["example_value"] if isinstance(x, torch.fx.Node) else x
-        sizes = [value_of(x).shape[n] for x in node.args[:3] for n in (1, 3)]
-        found.append([str(value_of(x)) for x in (*node.args[4][-3:-1], *node.args[6].values(), *sizes)])
+        found.append({str(x.meta["example_value"].shape[0]) for x in node.args[:3]})
         return graph.forward
 
     compiled = torch.compile(causal_padded_flexattn._flex_attention, backend=record, fullgraph=True)
-    for size, value_size, heads, blocks in ((64, 64, 4, 128), (128, 64, 2, 16), (96, 128, 8, (64, 128))):
-        for q_len in (300, 1):
-            pads = make_pads("left", 300, "cpu", batch_size=heads)
-            options = {"lengths": (q_len, 300), "sizes": (size, value_size), "heads": (heads, 2)}
-            inputs, _ = make_inputs("cpu", torch.bfloat16, batch_size=heads, **options)
-            with torch.no_grad():
-                block_mask = create_causal_padding_block_mask(pads, q_len, BLOCK_SIZE=blocks)
-                options = _kernel_options(*inputs, block_mask)
-                compiled(*inputs, None, block_mask, 0.5, False, options)
-            known = [str(x) for name, x in options.items() if name != "BACKEND"]
-            assert set(known) <= set(found[-1])
-    assert len(found) == 6
-    assert not [x for sizes in found for x in sizes if x.startswith("s")]
+    for batch_size in (2, 3, 5):
+        inputs, _ = make_inputs("cpu", batch_size=batch_size)
+        block_mask = create_causal_padding_block_mask(make_pads("left", 200, "cpu", batch_size))
+        compiled(*inputs, None, block_mask, None, False, _kernel_options(*inputs, block_mask))
+    assert found[0] == {"2"} and len(found) == 2
+    (name,) = found[1]
+    assert not name.isdecimal()
 
 
 @pytest.mark.cuda
