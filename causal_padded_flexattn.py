@@ -538,11 +538,10 @@ def causal_padded_attention(
     size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
-    A prefill runs another kernel than decoding. The two differ by about as much as each differs from exact
-    attention.
     Lengths that are not multiples of the block size are filled up in a copy, which takes time. Before torch
     2.13 two results are excepted: gradients for head sizes above 128, and the log-sum-exp of decoding. In a
-    graph that the caller compiles, that compilation decides the bits.
+    graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
+    kernels, whose results differ by about as much as each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
