@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 _END = 2**29  # a place behind the end of every sequence
 _BEYOND = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
 _DECODES = 16  # at most so many queries are left to the kernel for decoding
+_MOST_SPLITS = 32  # into which decoding divides the keys
 _SEQUENCES = 8  # the batch size that decoding splits the keys for, under deterministic algorithms
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
@@ -728,7 +729,7 @@ def _run_compiled(*inputs):
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
         with torch.autograd.set_multithreading_enabled(False):
-            return _compile()(*inputs)
+            return _compile(torch.are_deterministic_algorithms_enabled())(*inputs)
     except Exception as error:  # in words that help, where torch's do not
         name = type(error).__name__  # some have no public one
         if name == "FailOnRecompileLimitHit":
@@ -746,13 +747,17 @@ def _run_compiled(*inputs):
 
 
 @cache
-def _compile():
+def _compile(same_bits):
     # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
     # Left to itself it would also time ways to add up what decoding splits, and at times choose a slow one.
     how: dict[str, Any] = {"fullgraph": True, "options": {"deterministic": True, "max_autotune": False}}
     with _LOCK:
         if "batch_invariant" in torch._inductor.list_options():  # sums in one order, whatever the batch size
             how["options"]["batch_invariant"] = True
+        if same_bits:
+            # What decoding splits is added up term by term. The order in which Triton reduces depends on what
+            # it knows of the strides, which differs between a batch of one and larger ones.
+            how["options"]["unroll_reductions_threshold"] = _MOST_SPLITS + 1
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             how["recompile_limit"] = _KINDS
         else:  # torch 2.11
@@ -867,7 +872,7 @@ def _decoding_options(query, key, value, block_mask):
         programs = 1024 if rows <= 16 else 256  # work for the whole card
         # In how many parts the sums over the keys are taken decides the bits.
         sequences = _SEQUENCES if keeps_bits else batch_size
-        options["SPLIT_KV"] = min(32, max(1, programs // (sequences * kv_heads)))
+        options["SPLIT_KV"] = min(_MOST_SPLITS, max(1, programs // (sequences * kv_heads)))
     if _is_on_hopper(query):
         width = max(size, value.shape[3]) * query.element_size()  # bytes
         stages = 3 if width <= 256 else 2 if width <= 512 else 1  # loads run ahead as far as they fit

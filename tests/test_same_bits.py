@@ -128,11 +128,19 @@ def test_whole_sequences(kind: str, dtype: torch.dtype, heads: tuple[int, int, i
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 16, 64), (2, 1, 64)])
-@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize(("queries", "before"), [(1, None), (4, None), (4, 7)])
 @torch.no_grad()
-def test_decoding(heads: tuple[int, int, int], queries: int) -> None:
-    """At batch sizes for which the keys would be split otherwise, and in caches of three capacities."""
+def test_decoding(heads: tuple[int, int, int], queries: int, before: int | None) -> None:
+    """At batch sizes for which the keys would be split otherwise, and in caches of three capacities.
+
+    After steps of another number of queries, this number is a variable of the kernels.
+    """
     q_heads, kv_heads, size = heads
+    torch.compiler.reset()
+    if before:
+        counts = ((q_heads, before), (kv_heads, 700), (kv_heads, 700))
+        inputs = [random(0, 1, h, n, size, dtype=torch.bfloat16) for h, n in counts]
+        causal_padded_attention(*inputs, torch.zeros(1, 700, dtype=torch.bool, device="cuda"))
     shapes = ((q_heads, queries), (kv_heads, 700), (kv_heads, 700))
     tensors = [random(i, h, n, size, dtype=torch.bfloat16) for i, (h, n) in enumerate(shapes)]
     expected = None
