@@ -140,6 +140,16 @@ def step_table(folder: Path) -> str:
     return "\n".join([*table(["thousand tokens a second (GiB)", *sizes], rows), "", made_with(result)])
 
 
+def readme_step(folder: Path) -> str:
+    """The speed of each way at the first and the last size."""
+    names = ["SDPA", "this file", "packed rows"]
+    ways = ("padded, SDPA is_causal", "padded, ours", "packed, ours")
+    steps = {row["way"]: row["steps"] for row in load("step", folder)["results"]}
+    rates = [[f"{step['tokens_per_s'] / 1e3:.0f}" for step in steps[way]] for way in ways]
+    parts = [f"{' / '.join(rate)} ({name})" for rate, name in zip(rates, names, strict=True)]
+    return ", ".join(parts)
+
+
 def transformers_table(folder: Path) -> str:
     """The first round, and the median of the later ones at each length."""
     result = load("transformers", folder)
@@ -320,6 +330,7 @@ TABLES = {
     "small": small_table,
     "readme-speed": readme_speed,
     "readme-need": readme_need,
+    "readme-step": readme_step,
     "readme-mask-figures": readme_mask_figures,
 }
 

@@ -117,8 +117,8 @@ def test_the_closed_form_trains() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    for name, folder in (("speed", RESULTS), ("need", RESULTS / "torch-2.11"), ("mask-figures", RESULTS)):
-        assert report.TABLES[f"readme-{name}"](folder) in " ".join(README.split()) + README
+    for name in ("speed", "need", "step", "mask-figures"):
+        assert report.TABLES[f"readme-{name}"](RESULTS) in " ".join(README.split()) + README
 
 
 def test_the_page_is_short() -> None:
@@ -150,10 +150,11 @@ def test_the_recipe_of_cudnn() -> None:
 
 def test_the_tables_are_those_of_a_run() -> None:
     both = ["block-mask", "stream", "attention", "transformers", "window", "documents", "decode", "packed"]
-    for name in [*both, "scaling", "same-bits", "generate", "first-step", "small"]:
+    both += ["scaling", "decode-same-bits"]
+    for name in [*both, "need", "same-bits", "step", "generate", "first-step", "small"]:
         assert report.TABLES[name](RESULTS) in TABLES
     assert report.TABLES["generate"](RESULTS / "static") in TABLES
-    for name in [*both, "need"]:
+    for name in both:
         assert report.TABLES[name](RESULTS / "torch-2.11") in TABLES
     assert sequence_parallel.table(RESULTS) in TABLES
 
