@@ -539,10 +539,11 @@ def causal_padded_attention(
     size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
-    Lengths that are not multiples of the block size are filled up in a copy, which takes time. Before torch
-    2.13 two results are excepted: gradients for head sizes above 128, and the log-sum-exp of decoding. In a
-    graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
-    kernels, whose results differ by about as much as each differs from exact attention.
+    The query is copied if it is not contiguous, and lengths that are not multiples of the block size are
+    filled up in a copy, which takes time. Before torch 2.13 two results are excepted: gradients for head
+    sizes above 128, and the log-sum-exp of decoding. In a graph that the caller compiles, that compilation
+    decides the bits. Prefill and decoding run different kernels, whose results differ by about as much as
+    each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
@@ -658,7 +659,9 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
         -n % block for n, block in zip((q_len, kv_len), block_mask.BLOCK_SIZE, strict=True)
     )
     if not q_missing and not kv_missing:
-        return query, key, value, score_mod, block_mask
+        # What is filled up is contiguous. The output has the strides of the query, and they decide in which
+        # order the backward pass adds up its products with the gradient.
+        return query.contiguous(), key, value, score_mod, block_mask
     modifies = None
     if score_mod is not None:  # it must not look anything up behind the end
         ends = torch.full_like(block_mask.kv_num_blocks[:, 0, 0], kv_len - 1)  # (B,)

@@ -53,7 +53,7 @@ def seen(kind: str, place: Place, length: int) -> dict[str, Any]:
     """The options of the mask; those that are tensors count from where the sequence begins."""
     if kind == "window":
         return {"window": 100}
-    if kind in ("plain", "score_mod"):
+    if kind in ("plain", "views", "score_mod"):
         return {}
     inside = torch.arange(place.kv_len) - place.left
     values = {
@@ -75,6 +75,8 @@ def results(kind: str, tensors: list[Tensor], place: Place, length: int, lse: bo
     for i, x in enumerate(tensors):
         shape = (place.batch_size, x.shape[0], place.kv_len, x.shape[2])
         filled = random(100 * place.batch_size + i, *shape, dtype=x.dtype)
+        if kind == "views":  # of (B, L, H, E), as in models
+            filled = filled.transpose(1, 2).contiguous().transpose(1, 2)
         filled[place.row, :, place.left : end] = x[:, :length]
         batch.append(filled)
     pads = pads_of(place, length)
@@ -96,6 +98,7 @@ CASES = [
     ("plain", torch.float32, (4, 2, 64)),
     *((kind, torch.bfloat16, (8, 2, 128)) for kind in ("window", "documents", "spans", "until", "score_mod")),
     ("window", torch.bfloat16, (8, 2, 64)),
+    *(("views", torch.bfloat16, heads) for heads in ((8, 2, 64), (8, 2, 128), (32, 8, 256))),
 ]
 
 
@@ -222,6 +225,15 @@ def test_what_is_filled_up_is_not_seen(block: Any, kind: str) -> None:
     output = _attend_in_plain_operators(*filled, modifies, filled_mask, None, False)[:, :, :length]
     expected, _ = written_out(query, key, value, explicit_mask(pads, **options), score_mod=score_mod)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("length", [100, 128])
+def test_the_query_is_laid_out_alike(length: int) -> None:
+    """A view of a model's tokens, at a length that is filled up and at one that is not."""
+    pads = torch.zeros(2, length, dtype=torch.bool)
+    view = random(0, 2, length, 3, 16, dtype=torch.float32, device="cpu").transpose(1, 2)
+    query, *_ = _fill_blocks(view, view, view, None, create_causal_padding_block_mask(pads))
+    assert query.is_contiguous() and torch.equal(query[:, :, :length], view)
 
 
 def test_a_promise_about_padding_changes_nothing() -> None:
