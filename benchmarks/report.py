@@ -142,12 +142,10 @@ def step_table(folder: Path) -> str:
 
 def readme_step(folder: Path) -> str:
     """The speed of each way at the first and the last size."""
-    names = ["SDPA", "this file", "packed rows"]
-    ways = ("padded, SDPA is_causal", "padded, ours", "packed, ours")
+    ways = {"SDPA": "padded, SDPA is_causal", "this file": "padded, ours", "packed rows": "packed, ours"}
     steps = {row["way"]: row["steps"] for row in load("step", folder)["results"]}
-    rates = [[f"{step['tokens_per_s'] / 1e3:.0f}" for step in steps[way]] for way in ways]
-    parts = [f"{' / '.join(rate)} ({name})" for rate, name in zip(rates, names, strict=True)]
-    return ", ".join(parts)
+    rates = {name: [f"{step['tokens_per_s'] / 1e3:.0f}" for step in steps[way]] for name, way in ways.items()}
+    return ", ".join(f"{' / '.join(rate)} ({name})" for name, rate in rates.items())
 
 
 def transformers_table(folder: Path) -> str:
