@@ -36,7 +36,7 @@ _END = 2**29  # a place behind the end of every sequence
 _BEYOND = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
 _DECODES = 16  # at most so many queries are left to the kernel for decoding
 _MOST_SPLITS = 32  # into which decoding divides the keys
-_SEQUENCES = 8  # the batch size that decoding splits the keys for, under deterministic algorithms
+_SEQUENCES = 4  # the batch size that decoding splits the keys for, under deterministic algorithms
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
 _KINDS = 64  # at most so many kernels are compiled; torch's own limit is 8
@@ -540,10 +540,9 @@ def causal_padded_attention(
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
     The query is copied if it is not contiguous, and lengths that are not multiples of the block size are
-    filled up in a copy, which takes time. Before torch 2.13 two results are excepted: gradients for head
-    sizes above 128, and the log-sum-exp of decoding. In a graph that the caller compiles, that compilation
-    decides the bits. Prefill and decoding run different kernels, whose results differ by about as much as
-    each differs from exact attention.
+    filled up in a copy, which takes time. Before torch 2.13 gradients for head sizes above 128 are excepted.
+    In a graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
+    kernels, whose results differ by about as much as each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
