@@ -153,7 +153,7 @@ def transformers_table(folder: Path) -> str:
     result = load("transformers", folder)
     factors, rows = list(dict.fromkeys(ROUNDS)), []
     for row in result["results"]:
-        name = f"{row['model']}: {row['way']}" if row.get("model") else row["way"]
+        name = f"{row['model']}: {row['way']}"
         if "total_s" not in row:
             rows.append([name, f"stopped after {row['stopped_after_s']:.0f} s", *[""] * (len(factors) + 1)])
             continue
