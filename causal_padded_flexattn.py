@@ -539,10 +539,11 @@ def causal_padded_attention(
     size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
-    The query is copied if it is not contiguous, and lengths that are not multiples of the block size are
-    filled up in a copy, which takes time. Before torch 2.13 gradients for head sizes above 128 are excepted.
-    In a graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
-    kernels, whose results differ by about as much as each differs from exact attention.
+    The query must be laid out alike, contiguous or as a view of (B, L, Hq, E). Lengths that are not multiples
+    of the block size are filled up in a copy, which takes time. Before torch 2.13 a view is copied at every
+    length, and gradients for head sizes above 128 are excepted. In a graph that the caller compiles, that
+    compilation decides the bits. Prefill and decoding run different kernels, whose results differ by about as
+    much as each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
@@ -640,11 +641,22 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
     if backend == "triton" and getattr(getattr(block_mask, "mask_mod", None), "is_filled", False):
         query, key, value, score_mod, block_mask = _fill_blocks(query, key, value, score_mod, block_mask)
     options = _kernel_options(query, key, value, block_mask, backend)
-    run = _flex_attention if torch.compiler.is_compiling() else _run_compiled  # there the caller compiles
-    result = run(query, key, value, score_mod, block_mask, scale, return_lse, options)
-    if query.shape[2] == q_len:
-        return result
-    return tuple(x[:, :, :q_len] for x in result) if return_lse else result[:, :, :q_len]
+    is_traced = torch.compiler.is_compiling()
+    run = _flex_attention if is_traced else _run_compiled  # there the caller compiles
+    # Autograd hands a compiled function the gradient of its output contiguous, in a copy where it is a view.
+    is_view = torch.is_grad_enabled() and not is_traced and _is_view_of_tokens(query)
+    query = query.transpose(1, 2) if is_view else query
+    result = run(query, key, value, score_mod, block_mask, scale, return_lse, options, is_view)
+    output, *lse = result if return_lse else (result,)
+    output = output[:, :q_len] if is_view else output[:, :, :q_len]
+    output = output.transpose(1, 2) if is_view else output
+    return (output, lse[0][:, :, :q_len]) if return_lse else output
+
+
+def _is_view_of_tokens(x):
+    """Whether x, (B, H, L, E), is a view of (B, L, H, E), as in models."""
+    batch, head, token, element = x.stride()
+    return batch >= token > head >= element
 
 
 def _fill_blocks(query, key, value, score_mod, block_mask):
@@ -657,10 +669,11 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
     q_missing, kv_missing = (
         -n % block for n, block in zip((q_len, kv_len), block_mask.BLOCK_SIZE, strict=True)
     )
+    # The output is laid out like the query. This decides in which order the backward pass adds up products of
+    # the output and its gradient. Before torch 2.13 the batch size decides too, unless both are contiguous.
+    is_view = _has_batch_invariant() and _is_view_of_tokens(query)
     if not q_missing and not kv_missing:
-        # What is filled up is contiguous. The output has the strides of the query, and they decide in which
-        # order the backward pass adds up its products with the gradient.
-        return query.contiguous(), key, value, score_mod, block_mask
+        return query if is_view else query.contiguous(), key, value, score_mod, block_mask
     modifies = None
     if score_mod is not None:  # it must not look anything up behind the end
         ends = torch.full_like(block_mask.kv_num_blocks[:, 0, 0], kv_len - 1)  # (B,)
@@ -668,8 +681,8 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
         def modifies(score, b, h, q_idx, kv_idx):
             return score_mod(score, b, h, torch.minimum(q_idx, ends[b]), torch.minimum(kv_idx, ends[b]))
 
-    query = F.pad(query, (0, 0, 0, q_missing))
-    key, value = (F.pad(x, (0, 0, 0, kv_missing)) for x in (key, value))
+    query = _append(query, q_missing, is_view)
+    key, value = (_append(x, kv_missing, _is_view_of_tokens(x)) for x in (key, value))
     filled = BlockMask(
         seq_lengths=(q_len + q_missing, kv_len + kv_missing),
         kv_num_blocks=block_mask.kv_num_blocks,
@@ -684,6 +697,14 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
         mask_mod=block_mask.mask_mod,
     )
     return query, key, value, modifies, filled
+
+
+def _append(x, count, as_view):
+    """x, (B, H, L, E), and so many rows of zeros behind it: a view of (B, L, H, E), or contiguous."""
+    if as_view:
+        x = x.transpose(1, 2)
+        return torch.cat([x, x.new_zeros(x.shape[0], count, *x.shape[2:])], dim=1).transpose(1, 2)
+    return torch.cat([x, x.new_zeros(*x.shape[:2], count, x.shape[3])], dim=2)
 
 
 def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):
@@ -741,7 +762,8 @@ def _run_compiled(*inputs):
             raise RuntimeError(rule + "or batch sizes that decode, or call torch.compiler.reset()") from error
         if "out of resource" in str(error):
             rule = "the shared memory of this card is too small for heads of this size: use half precision"
-            _require(False, rule, **dict(zip(("query", "key", "value"), inputs, strict=False)))
+            query = inputs[0].transpose(1, 2) if inputs[-1] else inputs[0]
+            _require(False, rule, query=query, key=inputs[1], value=inputs[2])
         captures_number = any(type(x) is float for x in _captured_by(inputs[3]))
         if captures_number and name in ("InductorError", "TorchRuntimeError"):
             raise ValueError(_NO_NUMBERS) from error
@@ -754,7 +776,7 @@ def _compile(same_bits):
     # Left to itself it would also time ways to add up what decoding splits, and at times choose a slow one.
     how: dict[str, Any] = {"fullgraph": True, "options": {"deterministic": True, "max_autotune": False}}
     with _LOCK:
-        if "batch_invariant" in torch._inductor.list_options():  # sums in one order, whatever the batch size
+        if _has_batch_invariant():  # sums in one order, whatever the batch size
             how["options"]["batch_invariant"] = True
         if same_bits:
             # What decoding splits is added up term by term. The order in which Triton reduces depends on what
@@ -767,10 +789,16 @@ def _compile(same_bits):
         return torch.compile(_flex_attention, **how)
 
 
+@cache
+def _has_batch_invariant():
+    return "batch_invariant" in torch._inductor.list_options()  # from torch 2.13 on
+
+
 _LOCK = threading.Lock()  # torch breaks where two threads import what it compiles with
 
 
-def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options):
+def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options, is_view=False):
+    query = query.transpose(1, 2) if is_view else query  # (B, Hq, L, E)
     _make_constant(query.shape[1], key.shape[1])
     # Otherwise Inductor asks whether the two are equal or the second is 1. Torch's cache of compiled graphs
     # joins such conditions without brackets, "a and b or c", and gave out a kernel for another block size.
@@ -782,7 +810,9 @@ def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse,
     result = flex_attention(
         query, key, value, score_mod, block_mask, scale, is_grouped, kernel_options=options, return_aux=aux
     )
-    return (result[0], result[1].lse) if return_lse else result
+    output, *rest = result if return_lse else (result,)
+    output = output.transpose(1, 2) if is_view else output
+    return (output, rest[0].lse) if return_lse else output
 
 
 def _make_constant(*sizes):

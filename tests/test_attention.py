@@ -963,6 +963,22 @@ def test_exported_with_a_length_that_is_dynamic(name: str, strict: bool) -> None
 
 
 @pytest.mark.cuda
+def test_gradients_of_views_are_not_copied() -> None:
+    """Of views of tokens, as models have them, at a constant length and at a variable one."""
+    for length in (256, 384, 500):
+        inputs, grad = make_inputs("cuda", torch.bfloat16, lengths=(length, length))
+        *inputs, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*inputs, grad))
+        pads = make_pads("left", length, "cuda")
+        check(inputs, grad, pads)
+        inputs = [x.requires_grad_() for x in inputs]
+        output = causal_padded_attention(*inputs, pads)
+        assert output.transpose(1, 2).is_contiguous()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            torch.autograd.grad(output, inputs, grad)
+        assert not {"aten::contiguous", "aten::clone", "aten::copy_"} & {x.key for x in found.key_averages()}
+
+
+@pytest.mark.cuda
 def test_a_stream_of_shapes_compiles_three_times_at_most(compilations: Callable[[], int]) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(24):

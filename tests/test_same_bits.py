@@ -9,10 +9,12 @@ import torch
 from conftest import explicit_mask, written_out
 from torch import Tensor
 
+import causal_padded_flexattn
 from causal_padded_flexattn import (
     _attend_in_plain_operators,
     _decoding_options,
     _fill_blocks,
+    _is_view_of_tokens,
     causal_padded_attention,
     create_causal_padding_block_mask,
 )
@@ -53,7 +55,7 @@ def seen(kind: str, place: Place, length: int) -> dict[str, Any]:
     """The options of the mask; those that are tensors count from where the sequence begins."""
     if kind == "window":
         return {"window": 100}
-    if kind in ("plain", "views", "score_mod"):
+    if kind in ("plain", "views", "views of a contiguous gradient", "score_mod"):
         return {}
     inside = torch.arange(place.kv_len) - place.left
     values = {
@@ -75,7 +77,7 @@ def results(kind: str, tensors: list[Tensor], place: Place, length: int, lse: bo
     for i, x in enumerate(tensors):
         shape = (place.batch_size, x.shape[0], place.kv_len, x.shape[2])
         filled = random(100 * place.batch_size + i, *shape, dtype=x.dtype)
-        if kind == "views":  # of (B, L, H, E), as in models
+        if kind == "views" or (kind == "views of a contiguous gradient" and i < 3):  # as in models
             filled = filled.transpose(1, 2).contiguous().transpose(1, 2)
         filled[place.row, :, place.left : end] = x[:, :length]
         batch.append(filled)
@@ -99,6 +101,7 @@ CASES = [
     *((kind, torch.bfloat16, (8, 2, 128)) for kind in ("window", "documents", "spans", "until", "score_mod")),
     ("window", torch.bfloat16, (8, 2, 64)),
     *(("views", torch.bfloat16, heads) for heads in ((8, 2, 64), (8, 2, 128), (32, 8, 256))),
+    ("views of a contiguous gradient", torch.bfloat16, (8, 2, 64)),
 ]
 
 
@@ -226,13 +229,25 @@ def test_what_is_filled_up_is_not_seen(block: Any, kind: str) -> None:
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize("length", [100, 128])
-def test_the_query_is_laid_out_alike(length: int) -> None:
-    """A view of a model's tokens, at a length that is filled up and at one that is not."""
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("length", [1, 100, 128])
+@pytest.mark.parametrize(
+    ("order", "is_view"), [("bhle", False), ("blhe", True), ("lbhe", False), ("bleh", False)]
+)
+def test_the_query_is_laid_out_alike(
+    order: str, is_view: bool, length: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At lengths that are filled up and at one that is not; before torch 2.13 it is always contiguous."""
+    monkeypatch.setattr(causal_padded_flexattn, "_has_batch_invariant", lambda: keeps)
+    sizes = {"b": 2, "h": 3, "l": length, "e": 16}
+    memory = random(0, *(sizes[x] for x in order), dtype=torch.float32, device="cpu")
+    x = memory.permute(*(order.index(x) for x in "bhle"))
     pads = torch.zeros(2, length, dtype=torch.bool)
-    view = random(0, 2, length, 3, 16, dtype=torch.float32, device="cpu").transpose(1, 2)
-    query, *_ = _fill_blocks(view, view, view, None, create_causal_padding_block_mask(pads))
-    assert query.is_contiguous() and torch.equal(query[:, :, :length], view)
+    filled = _fill_blocks(x, x, x, None, create_causal_padding_block_mask(pads))[:3]
+    for y in filled:
+        assert torch.equal(y[:, :, :length], x) and y[:, :, length:].count_nonzero() == 0
+    assert _is_view_of_tokens(filled[0]) == (is_view and keeps)
+    assert (filled[0].transpose(1, 2) if is_view and keeps else filled[0]).is_contiguous()
 
 
 def test_a_promise_about_padding_changes_nothing() -> None:
