@@ -40,6 +40,7 @@ _SEQUENCES = 4  # the batch size that decoding splits the keys for, under determ
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
 _KINDS = 64  # at most so many kernels are compiled; torch's own limit is 8
+_HAS_BATCH_INVARIANT = torch.__version__ >= "2.13"  # an option of Inductor
 _TILES_SHRINK = torch.__version__ >= "2.14"  # whether backward tiles can be made to divide small blocks
 
 # ---- 1. What may attend to what ---------------------------------------------------------------------------
@@ -539,11 +540,10 @@ def causal_padded_attention(
     size, which must be 128 or a multiple of it. A decoding step under `torch.no_grad` gets the same bits in a
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
-    The query must be laid out alike, contiguous or as a view of (B, L, Hq, E). Lengths that are not multiples
-    of the block size are filled up in a copy, which takes time. Before torch 2.13 a view is copied at every
-    length, and gradients for head sizes above 128 are excepted. In a graph that the caller compiles, that
-    compilation decides the bits. Prefill and decoding run different kernels, whose results differ by about as
-    much as each differs from exact attention.
+    Lengths that are not multiples of the block size are filled up in a copy, which takes time. Before torch
+    2.13 a query that is not contiguous is copied, too, and gradients for head sizes above 128 are excepted.
+    In a graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
+    kernels, whose results differ by about as much as each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
@@ -669,9 +669,9 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
     q_missing, kv_missing = (
         -n % block for n, block in zip((q_len, kv_len), block_mask.BLOCK_SIZE, strict=True)
     )
-    # The output is laid out like the query. This decides in which order the backward pass adds up products of
-    # the output and its gradient. Before torch 2.13 the batch size decides too, unless both are contiguous.
-    is_view = _has_batch_invariant() and _is_view_of_tokens(query)
+    # The output and its gradient are laid out like the query. Before torch 2.13 the batch size decides in
+    # which order the backward pass adds up their products, unless both are contiguous.
+    is_view = _HAS_BATCH_INVARIANT and _is_view_of_tokens(query)
     if not q_missing and not kv_missing:
         return query if is_view else query.contiguous(), key, value, score_mod, block_mask
     modifies = None
@@ -752,7 +752,7 @@ def _run_compiled(*inputs):
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
         with torch.autograd.set_multithreading_enabled(False):
-            return _compile(torch.are_deterministic_algorithms_enabled())(*inputs)
+            return _compile(torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled())(*inputs)
     except Exception as error:  # in words that help, where torch's do not
         name = type(error).__name__  # some have no public one
         if name == "FailOnRecompileLimitHit":
@@ -771,13 +771,17 @@ def _run_compiled(*inputs):
 
 
 @cache
-def _compile(same_bits):
+def _compile(same_bits, with_gradients):
     # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
     # Left to itself it would also time ways to add up what decoding splits, and at times choose a slow one.
     how: dict[str, Any] = {"fullgraph": True, "options": {"deterministic": True, "max_autotune": False}}
     with _LOCK:
-        if _has_batch_invariant():  # sums in one order, whatever the batch size
+        if _HAS_BATCH_INVARIANT:  # sums in one order, whatever the batch size
             how["options"]["batch_invariant"] = True
+        if with_gradients:
+            # Sums in one order, however the inputs are laid out. Otherwise, if lengths are variable and the
+            # output is a view, the backward pass rounds sums of output times gradient to half precision.
+            how["options"]["pick_loop_orders"] = False
         if same_bits:
             # What decoding splits is added up term by term. The order in which Triton reduces depends on what
             # it knows of the strides, which differs between a batch of one and larger ones.
@@ -787,11 +791,6 @@ def _compile(same_bits):
         else:  # torch 2.11
             torch.compiler.config.recompile_limit = max(_KINDS, torch.compiler.config.recompile_limit)
         return torch.compile(_flex_attention, **how)
-
-
-@cache
-def _has_batch_invariant():
-    return "batch_invariant" in torch._inductor.list_options()  # from torch 2.13 on
 
 
 _LOCK = threading.Lock()  # torch breaks where two threads import what it compiles with

@@ -77,7 +77,8 @@ def results(kind: str, tensors: list[Tensor], place: Place, length: int, lse: bo
     for i, x in enumerate(tensors):
         shape = (place.batch_size, x.shape[0], place.kv_len, x.shape[2])
         filled = random(100 * place.batch_size + i, *shape, dtype=x.dtype)
-        if kind == "views" or (kind == "views of a contiguous gradient" and i < 3):  # as in models
+        is_view = kind == "views" or (kind == "views of a contiguous gradient" and i < 3)  # as in models
+        if is_view and place.batch_size > 1:  # it gets the bits of a contiguous sequence
             filled = filled.transpose(1, 2).contiguous().transpose(1, 2)
         filled[place.row, :, place.left : end] = x[:, :length]
         batch.append(filled)
@@ -179,8 +180,10 @@ def test_decoding(heads: tuple[int, int, int], queries: int, before: int | None)
 def test_in_a_graph_of_the_caller() -> None:
     """It is filled up there, too; its bits are for that compilation to decide."""
     compiled = torch.compile(causal_padded_attention, fullgraph=True)
-    for length in (300, 384):
-        inputs = random(0, 3, 2, 4, length, 64, dtype=torch.bfloat16).requires_grad_()
+    for length, is_view in ((300, False), (300, True), (384, True)):
+        inputs = random(0, 3, 2, 4, length, 64, dtype=torch.bfloat16)
+        inputs = inputs.transpose(2, 3).contiguous().transpose(2, 3) if is_view else inputs
+        inputs.requires_grad_()
         pads = torch.arange(length, device="cuda") >= torch.tensor([[length], [90]], device="cuda")
         found = []
         for attention in (compiled, causal_padded_attention):
@@ -238,7 +241,7 @@ def test_the_query_is_laid_out_alike(
     order: str, is_view: bool, length: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At lengths that are filled up and at one that is not; before torch 2.13 it is always contiguous."""
-    monkeypatch.setattr(causal_padded_flexattn, "_has_batch_invariant", lambda: keeps)
+    monkeypatch.setattr(causal_padded_flexattn, "_HAS_BATCH_INVARIANT", keeps)
     sizes = {"b": 2, "h": 3, "l": length, "e": 16}
     memory = random(0, *(sizes[x] for x in order), dtype=torch.float32, device="cpu")
     x = memory.permute(*(order.index(x) for x in "bhle"))
