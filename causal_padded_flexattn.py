@@ -41,6 +41,7 @@ _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels w
 _HAS_FLASH = any(importlib.metadata.distributions(name="flash-attn-4"))  # torch.compile cannot trace this
 _KINDS = 64  # at most so many kernels are compiled; torch's own limit is 8
 _HAS_BATCH_INVARIANT = torch.__version__ >= "2.13"  # an option of Inductor
+_SUMS_VIEWS_ALIKE = torch.__version__ >= "2.15"  # in one order, whatever the batch size
 _TILES_SHRINK = torch.__version__ >= "2.14"  # whether backward tiles can be made to divide small blocks
 
 # ---- 1. What may attend to what ---------------------------------------------------------------------------
@@ -541,9 +542,9 @@ def causal_padded_attention(
     batch of any size and in a cache of any capacity, and also if the sequence is moved in its row by a
     multiple of 128. The block mask must be made here, under the same setting and with the same options.
     Lengths that are not multiples of the block size are filled up in a copy, which takes time. Before torch
-    2.13 a query that is not contiguous is copied, too, and gradients for head sizes above 128 are excepted.
-    In a graph that the caller compiles, that compilation decides the bits. Prefill and decoding run different
-    kernels, whose results differ by about as much as each differs from exact attention.
+    2.15 a query that is not contiguous is copied, too. Before torch 2.13 gradients for head sizes above 128
+    are excepted. In a graph that the caller compiles, that compilation decides the bits. Prefill and decoding
+    run different kernels, whose results differ by about as much as each differs from exact attention.
 
     Args:
         query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
@@ -669,9 +670,9 @@ def _fill_blocks(query, key, value, score_mod, block_mask):
     q_missing, kv_missing = (
         -n % block for n, block in zip((q_len, kv_len), block_mask.BLOCK_SIZE, strict=True)
     )
-    # The output and its gradient are laid out like the query. Before torch 2.13 the batch size decides in
+    # The output and its gradient are laid out like the query. Before torch 2.15 the batch size decides in
     # which order the backward pass adds up their products, unless both are contiguous.
-    is_view = _HAS_BATCH_INVARIANT and _is_view_of_tokens(query)
+    is_view = _SUMS_VIEWS_ALIKE and _is_view_of_tokens(query)
     if not q_missing and not kv_missing:
         return query if is_view else query.contiguous(), key, value, score_mod, block_mask
     modifies = None

@@ -321,7 +321,7 @@ def test_what_does_not_fit_into_shared_memory_is_said_in_words(monkeypatch: pyte
     def fail(*_) -> None:
         raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: Required: 327680")
 
-    monkeypatch.setattr(causal_padded_flexattn, "_compile", lambda same_bits: fail)
+    monkeypatch.setattr(causal_padded_flexattn, "_compile", lambda *kind: fail)
     inputs, _ = make_inputs("cpu", sizes=(576, 512))
     with pytest.raises(ValueError, match=r"shared memory.*use half precision; got query \(3, 4, 200, 576\)"):
         causal_padded_flexattn._run_compiled(*inputs, None, None, None, False, {})
@@ -1299,8 +1299,8 @@ def test_at_the_limit_it_raises_until_reset(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         "torch.compile", lambda function, fullgraph, **_: with_less(function, fullgraph=fullgraph)
     )
-    compiled = _compile.__wrapped__(False)
-    monkeypatch.setattr(causal_padded_flexattn, "_compile", lambda same_bits: compiled)
+    compiled = _compile.__wrapped__(same_bits=False, with_gradients=True)
+    monkeypatch.setattr(causal_padded_flexattn, "_compile", lambda *kind: compiled)
     monkeypatch.setattr(torch.compiler.config, "recompile_limit", 2)  # torch 2.11
 
     def attend(size: int) -> None:

@@ -240,8 +240,8 @@ def test_what_is_filled_up_is_not_seen(block: Any, kind: str) -> None:
 def test_the_query_is_laid_out_alike(
     order: str, is_view: bool, length: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At lengths that are filled up and at one that is not; before torch 2.13 it is always contiguous."""
-    monkeypatch.setattr(causal_padded_flexattn, "_HAS_BATCH_INVARIANT", keeps)
+    """At lengths that are filled up and at one that is not; before torch 2.15 it is always contiguous."""
+    monkeypatch.setattr(causal_padded_flexattn, "_SUMS_VIEWS_ALIKE", keeps)
     sizes = {"b": 2, "h": 3, "l": length, "e": 16}
     memory = random(0, *(sizes[x] for x in order), dtype=torch.float32, device="cpu")
     x = memory.permute(*(order.index(x) for x in "bhle"))
