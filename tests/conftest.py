@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def view_of_tokens(x: Tensor) -> Tensor:
+    """x, (..., H, L, E), as models have it: a transposed view of (..., L, H, E)."""
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
 def explicit_mask(
     pads: Tensor,
     q_len: int | None = None,

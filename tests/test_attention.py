@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, assert_as_exact, exact_attention, explicit_mask, with_gradients, written_out
+from conftest import (
+    DEVICES,
+    assert_as_exact,
+    exact_attention,
+    explicit_mask,
+    view_of_tokens,
+    with_gradients,
+    written_out,
+)
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -181,9 +189,9 @@ def test_scale(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_transposed_views(device: str) -> None:
     inputs, grad_output = make_inputs(device)
-    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    views = [view_of_tokens(x) for x in inputs]
     assert not any(x.is_contiguous() for x in views)
-    check(views, grad_output.transpose(1, 2).contiguous().transpose(1, 2), make_pads("left", 200, device))
+    check(views, view_of_tokens(grad_output), make_pads("left", 200, device))
 
 
 def views_of_pads(device: str) -> list[Tensor]:
@@ -967,7 +975,7 @@ def test_gradients_of_views_are_not_copied() -> None:
     """Of views of tokens, as models have them, at a constant length and at a variable one."""
     for length in (256, 384, 500):
         inputs, grad = make_inputs("cuda", torch.bfloat16, lengths=(length, length))
-        *inputs, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*inputs, grad))
+        *inputs, grad = (view_of_tokens(x) for x in (*inputs, grad))
         pads = make_pads("left", length, "cuda")
         check(inputs, grad, pads)
         inputs = [x.requires_grad_() for x in inputs]
@@ -983,7 +991,7 @@ def test_gradients_that_cancel_are_zero() -> None:
     """A token that sees itself alone has them. Inductor may round what cancels, if lengths are variable."""
     for length in (256, 384, 500):
         inputs, grad = make_inputs("cuda", torch.bfloat16, lengths=(length, length))
-        *inputs, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*inputs, grad))
+        *inputs, grad = (view_of_tokens(x) for x in (*inputs, grad))
         inputs, pads = [x.requires_grad_() for x in inputs], make_pads("none", length, "cuda")
         output = causal_padded_attention(*inputs, pads, window=1, backend="triton")
         query_grad, key_grad, _ = torch.autograd.grad(output, inputs, grad)

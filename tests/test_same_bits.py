@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import explicit_mask, written_out
+from conftest import explicit_mask, view_of_tokens, written_out
 from torch import Tensor
 
 import causal_padded_flexattn
@@ -79,7 +79,7 @@ def results(kind: str, tensors: list[Tensor], place: Place, length: int, lse: bo
         filled = random(100 * place.batch_size + i, *shape, dtype=x.dtype)
         is_view = kind == "views" or (kind == "views of a contiguous gradient" and i < 3)  # as in models
         if is_view and place.batch_size > 1:  # it gets the bits of a contiguous sequence
-            filled = filled.transpose(1, 2).contiguous().transpose(1, 2)
+            filled = view_of_tokens(filled)
         filled[place.row, :, place.left : end] = x[:, :length]
         batch.append(filled)
     pads = pads_of(place, length)
@@ -182,7 +182,7 @@ def test_in_a_graph_of_the_caller() -> None:
     compiled = torch.compile(causal_padded_attention, fullgraph=True)
     for length, is_view in ((300, False), (300, True), (384, True)):
         inputs = random(0, 3, 2, 4, length, 64, dtype=torch.bfloat16)
-        inputs = inputs.transpose(2, 3).contiguous().transpose(2, 3) if is_view else inputs
+        inputs = view_of_tokens(inputs) if is_view else inputs
         inputs.requires_grad_()
         pads = torch.arange(length, device="cuda") >= torch.tensor([[length], [90]], device="cuda")
         found = []
