@@ -17,7 +17,7 @@ import common
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from cases import Batch, Case
+from cases import Batch, Case, block_mask_of
 from common import (
     Attention,
     NotMeasuredError,
@@ -30,33 +30,39 @@ from common import (
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
 from tqdm import tqdm
 
 import causal_padded_flexattn as cpf
 
 
-def block_mask_of(batch: Batch, **options):
-    options |= {"documents": batch.documents if batch.case.documents > 1 else None}
-    return cpf.create_causal_padding_block_mask(batch.pads, window=batch.case.window, **options)
+def mask_of(batch: Batch, **options: Any) -> BlockMask:
+    documents = batch.documents if batch.case.documents > 1 else None
+    return block_mask_of(batch.pads, batch.case.window, documents, **options)
 
 
 def ours(
-    batch: Batch, backend: str, dynamic: bool = False, safe_padding: bool = False, promises: bool = False,
-    block: int = 128,
-) -> Attention:  # fmt: skip
+    batch: Batch, backend: str, dynamic: bool = False, promises: bool = False, block: int = 128
+) -> Attention:
     usable = backend != "flash" or cpf._can_use_flash(*batch.inputs, None, False)
     require(usable, "needs flash-attn-4, Hopper, half precision, heads of at most 128")
     trains = block == 128 or batch.device == "cpu" or torch.__version__ >= "2.14"
     require(trains, "trains on blocks of 128 only")
-    block_mask = block_mask_of(batch, padding_side=batch.case.side if promises else None, BLOCK_SIZE=block)
+    require(not promises or batch.case.documents == 1, "promises nothing about documents")
+    promise = {"padding_side": batch.case.side} if promises else {}
+    block_mask = mask_of(batch, **promise, BLOCK_SIZE=block)
     if dynamic:
         require(batch.device == "cuda", "needs CUDA")
         compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
         options = cpf._kernel_options(*batch.inputs, block_mask)
         return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
-    options = {"pads": batch.pads, "block_mask": block_mask, "backend": backend, "safe_padding": safe_padding}
-    return partial(cpf.causal_padded_attention, **options)
+    return partial(cpf.attend, block_mask=block_mask, backend=backend)
 
 
 def textbook(batch: Batch, kernel_options: dict[str, Any] | None = None, **how: bool) -> Attention:
@@ -72,6 +78,8 @@ def textbook(batch: Batch, kernel_options: dict[str, Any] | None = None, **how: 
 
 @deterministic()
 def same_bits(batch: Batch) -> Attention:
+    keeps = batch.device == "cpu" or (cpf._keeps_bits() and batch.case.kv_len % 128 == 0)
+    require(keeps, "needs torch 2.15 and lengths that are multiples of 128")
     return deterministic()(ours(batch, "triton"))
 
 
@@ -96,7 +104,7 @@ def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
     require(explicit or not (batch.case.window or batch.case.documents > 1), "knows causality alone")
     group = batch.case.heads // batch.case.kv_heads
     sizes = batch.case.batch_size, 1, batch.case.kv_len, batch.case.kv_len, batch.device
-    mask = create_mask(block_mask_of(batch).mask_mod, *sizes) if explicit else None
+    mask = create_mask(mask_of(batch).mask_mod, *sizes) if explicit else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if kernel == SDPBackend.EFFICIENT_ATTENTION:  # which knows nothing of groups
@@ -183,7 +191,6 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, Triton, blocks of 64, padding_side": (partial(triton, promises=True, block=64), False, False),
     "ours, Triton, same bits": (same_bits, False, False),
     "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
-    "ours, Triton, safe_padding": (partial(triton, safe_padding=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
     "the textbook": (textbook, False, False),
     "the textbook, one list of tiles": (partial(textbook, separate_full_blocks=False), False, False),
@@ -288,7 +295,7 @@ RIVALS = [  # for the real tokens alone
 MASKED = ["ours, Triton", "ours, FLASH", "SDPA, explicit mask, cuDNN", *RIVALS]
 OF = {  # the ways of these, where none are named
     "attention": [
-        *("ours, auto", "ours, Triton", "ours, Triton, safe_padding", "SDPA, explicit mask, cuDNN"),
+        *("ours, auto", "ours, Triton", "SDPA, explicit mask, cuDNN"),
         "SDPA, is_causal, cuDNN, computes the padding",
         "FlashAttention-2 varlen (torch), padded to padded",
         *RIVALS,

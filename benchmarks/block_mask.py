@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from cases import right_padding
+from cases import block_mask_of, right_padding
 from common import Row, parser_of, peak_mib, save, wall_milliseconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from tqdm import tqdm
 
-from causal_padded_flexattn import causal, create_causal_padding_block_mask, create_padding_mask
+from causal_padded_flexattn import causal, create_padding_mask
 
 SIZES = [(8, 2048), (8, 4096), (4, 16384), (8, 32768), (8, 131072)]
 WINDOW, DOCUMENTS = 1024, 8
@@ -35,13 +35,13 @@ def textbook(pads: Tensor) -> BlockMask:
 
 def ways(pads: Tensor) -> dict[str, Callable[[], BlockMask]]:
     documents = documents_of(pads)
-    ours = partial(create_causal_padding_block_mask, pads)
+    ours = partial(block_mask_of, pads)
     return {
         "closed form": ours,
         "closed form, window": partial(ours, window=WINDOW),
         "closed form, documents": partial(ours, documents=documents),
         "closed form, window and documents": partial(ours, window=WINDOW, documents=documents),
-        "closed form, one query": torch.no_grad()(partial(ours, 1, q_offset=pads.shape[1] // 2)),
+        "closed form, one query": torch.no_grad()(partial(ours, q_len=1, q_offset=pads.shape[1] // 2)),
         "create_block_mask": partial(textbook, pads),
     }
 

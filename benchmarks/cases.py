@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from common import Row, differentiate
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from causal_padded_flexattn import create_block_mask_from_runs, create_causal_padding_block_mask
 
 
 def padded(lengths: Sequence[int], kv_len: int, side: str, device: str) -> Tensor:
@@ -23,6 +26,19 @@ def right_padding(
     """(B, S): lengths between an eighth of kv_len and all of it, about 44 % padding."""
     lengths = torch.randint(kv_len // 8, kv_len + 1, (batch_size,), generator=generator)
     return padded(lengths.tolist(), kv_len, "right", device)
+
+
+def block_mask_of(
+    pads: Tensor, window: int | None = None, documents: Tensor | None = None, **options: Any
+) -> BlockMask:
+    """Causal; with the numbers of documents, (B, S), a token sees those of its own document only."""
+    if documents is None:
+        return create_causal_padding_block_mask(pads, window=window, **options)
+    place = torch.arange(pads.shape[1], device=pads.device)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    first = torch.where(begins, place, 0).cummax(1).values  # (B, S), where the document of each token begins
+    first = first if window is None else torch.maximum(first, place - window + 1)
+    return create_block_mask_from_runs(first, place, pads, **options)
 
 
 @dataclass(frozen=True)

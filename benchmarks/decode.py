@@ -111,19 +111,18 @@ def block_mask(cache: Cache) -> Callable[[], object]:
     q_len, device = cache.step.q_len, cache.pads.device
     if cache.step.side == "right":  # one query, behind its own sequence: it sees all keys that are real
         query_pads = torch.zeros(cache.step.batch_size, 1, dtype=torch.bool, device=device)
-        more: dict = {"causal": False, "query_pads": query_pads}
-    else:
-        more = {"q_len": q_len, "q_offset": torch.tensor(cache.written - q_len, device=device)}
-    return partial(cpf.create_causal_padding_block_mask, cache.pads, **more)
+        return partial(cpf.create_block_mask_from_runs, None, None, cache.pads, query_pads=query_pads)
+    q_offset = torch.tensor(cache.written - q_len, device=device)
+    return partial(cpf.create_causal_padding_block_mask, cache.pads, q_len, q_offset=q_offset)
 
 
 def ours(cache: Cache) -> Callable[[], Tensor]:
-    options = {"pads": cache.pads, "block_mask": block_mask(cache)()}
-    return partial(cpf.causal_padded_attention, *cache.inputs, **options)
+    return partial(cpf.attend, *cache.inputs, block_mask(cache)())
 
 
 @deterministic()
 def same_bits(cache: Cache) -> Callable[[], Tensor]:
+    require(cpf._keeps_bits() or not cache.pads.is_cuda, "needs torch 2.15")
     return deterministic()(ours(cache))
 
 

@@ -27,13 +27,13 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
 from causal_padded_flexattn import (
+    attend,
     causal,
     causal_padded_attention,
     create_causal_padding_block_mask,
     create_padding_mask,
-    register_transformers,
-    transformers_block_mask,
 )
+from causal_padded_integrations import transformers as integration
 
 STREAM = {way: way for way in ("closed form", "create_block_mask", "compiled create_block_mask")}
 BATCHES = 24  # of the stream
@@ -41,7 +41,7 @@ MODELS = {
     "sdpa": "sdpa",
     "shipped": "flex_attention, as shipped",
     "mask": "flex_attention, masks in closed form",
-    "ours": "flex_attention, after register_transformers()",
+    "ours": "flex_attention, after register()",
 }
 KINDS = ("llama", "mistral", "gemma3")
 CACHES = ("dynamic", "static")
@@ -92,7 +92,7 @@ def stream_of(way: str) -> None:
         else:
             mask_mod = and_masks(causal, create_padding_mask(pads))
             block_mask = create(mask_mod, batch_size, None, length, length, device="cuda")
-        output = causal_padded_attention(*inputs, pads, block_mask=block_mask)
+        output = attend(*inputs, block_mask)
         output.backward(torch.ones_like(output))
         torch.cuda.synchronize()
         step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
@@ -127,9 +127,9 @@ def model_for(way: str, kind: str, device: str, **more: int) -> tuple[torch.nn.M
     from transformers import AttentionMaskInterface
 
     if way == "mask":
-        AttentionMaskInterface.register("flex_attention", transformers_block_mask)
+        AttentionMaskInterface.register("flex_attention", integration.block_mask)
     if way == "ours":
-        register_transformers()
+        integration.register()
     scale = 1 if device == "cuda" else 32
     torch.manual_seed(0)
     model = make_model(kind, scale, **more).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -311,17 +311,16 @@ class Layers(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.Linear(width, n) for _ in range(4) for n in sizes)
 
     def forward(self, x: Tensor, pads: Tensor) -> Tensor:  # x: (B, S, heads * head_dim)
-        attend: Any
+        attention: Any
         if self.ours:
-            block_mask = create_causal_padding_block_mask(pads)
-            attend = partial(causal_padded_attention, pads=pads, block_mask=block_mask)
+            attention = partial(attend, block_mask=create_causal_padding_block_mask(pads))
         else:
             square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
             mask = ~pads[:, None, None] & square.tril()
-            attend = partial(F.scaled_dot_product_attention, attn_mask=mask)
+            attention = partial(F.scaled_dot_product_attention, attn_mask=mask)
         for qkv, out in zip(self.layers[::2], self.layers[1::2], strict=True):
             heads = qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
-            x = x + out(attend(*heads).transpose(1, 2).flatten(2))
+            x = x + out(attention(*heads).transpose(1, 2).flatten(2))
         return x
 
 

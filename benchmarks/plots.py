@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, block_mask_of
 from common import load, made_with, parser_of
 from decode import Step
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch.nn.attention.flex_attention import BlockMask
-
-from causal_padded_flexattn import create_causal_padding_block_mask
 
 OURS, OTHERS = "#c1440e", "0.45"
 # Six of the ways; the tables have all.
@@ -143,7 +141,7 @@ def tiles(folder: Path) -> Figure:
     kinds = kinds_of_tiles()
     ticks = range(0, 17, 4)
     for axes, (name, (pads, more)) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
-        block_mask = create_causal_padding_block_mask(pads[None], **more)
+        block_mask = block_mask_of(pads[None], **more)
         counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
         assert counts is not None and indices is not None
         full = BlockMask.from_kv_blocks(counts, indices).to_dense()

@@ -122,7 +122,7 @@ SAME_BITS = (
 def decode_same_bits_table(folder: Path) -> str:
     result, rows = load("decode_same_bits", folder), []
     for usual, same in zip(result["results"][::2], result["results"][1::2], strict=True):
-        share = f"{same['ms']:.3f} ({same['ms'] / usual['ms']:.2f} x)"
+        share = f"{same['ms']:.3f} ({same['ms'] / usual['ms']:.2f} x)" if "ms" in same else ""
         rows.append([str(Step.of(usual)), f"{usual['ms']:.3f}", share])
     return "\n".join([*table(["ms", "ours as usual", "ours, same bits"], rows), "", made_with(result)])
 

@@ -21,7 +21,8 @@ from common import Row, compile_afresh, load, made_with, parser_of, save, synchr
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from causal_padded_flexattn import _Exchange, create_causal_padding_block_mask, sequence_parallel_attention
+from causal_padded_flexattn import create_causal_padding_block_mask
+from causal_padded_integrations.sequence_parallel import _Exchange, sequence_parallel_attention
 
 # A sequence is made in as many parts, each from its own seed, so that it is the same on any number of ranks.
 CHUNKS = 16
@@ -75,9 +76,7 @@ def attention_over(length: int, mesh: DeviceMesh, device: str) -> Callable[..., 
     pads = torch.arange(length, device=device)[None] >= round(0.6 * length)  # 40 % right padding
     block_mask = create_causal_padding_block_mask(pads)
     # Triton's kernels give the same bits every time.
-    return lambda *inputs: sequence_parallel_attention(
-        *inputs, pads, mesh, block_mask=block_mask, backend="triton"
-    )
+    return lambda *inputs: sequence_parallel_attention(*inputs, block_mask, mesh, backend="triton")
 
 
 def measure(

@@ -89,6 +89,32 @@ def explicit_mask(
     return seen & reached
 
 
+OPTIONS_OF_THE_MASK = {"window", "padding_side"}
+
+
+def block_mask_of(
+    pads: Tensor, q_len=None, q_offset=None, BLOCK_SIZE=128, query_pads=None, until=None, **seen
+):
+    """The module's: by its options where there are such, and else by the runs that the mask has."""
+    from causal_padded_flexattn import create_block_mask_from_runs, create_causal_padding_block_mask
+
+    seen = {name: x for name, x in seen.items() if x is not None and (name, x) != ("causal", True)}
+    if seen.keys() <= OPTIONS_OF_THE_MASK and query_pads is until is None:
+        options = {**seen, "q_offset": q_offset, "BLOCK_SIZE": BLOCK_SIZE}
+        return create_causal_padding_block_mask(pads, q_len, **options)
+    place = None if q_offset is None else int(q_offset)
+    mask = explicit_mask(pads, q_len, place, query_pads=query_pads, **seen)
+    first, last = mask.int().argmax(-1), mask.shape[2] - 1 - mask.flip(-1).int().argmax(-1)
+    last = torch.where(mask.any(-1), last, -1)
+    first = first if seen.keys() & {"window", "documents"} else None
+    if query_pads is None:
+        place = pads.shape[1] - mask.shape[1] if place is None else place
+        query_pads = pads[:, place : place + mask.shape[1]]
+        until = None if until is None else until.long() - place
+    more = {"query_pads": query_pads, "until": until, "BLOCK_SIZE": BLOCK_SIZE}
+    return create_block_mask_from_runs(first, last, pads, **more)
+
+
 def written_out(
     query, key, value, mask: Tensor, scale: float | None = None, score_mod=None
 ) -> tuple[Tensor, Tensor]:

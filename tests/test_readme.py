@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import causal_padded_flexattn
+from causal_padded_integrations import transformers
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,7 @@ def test_each_block_runs_alone_and_after_the_others(
             assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
         assert outputs[4].shape == (2, 300, 64)
         assert outputs[7].shape == (2, 8, 1, 64) and outputs[7].isfinite().all() and outputs[7].any()
-        assert to_pads == "True True\n"
+        assert to_pads == "True tensor([298, 299,   0,   1])\n"
         assert closed == "torch.Size([2, 4, 300, 64])\n" and call.count("0.0000") >= 2
         assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
         gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
@@ -55,15 +56,17 @@ def test_each_block_runs_alone_and_after_the_others(
         rows = [int(x.replace(", ", ""), 2) for x in re.findall(r"\[([01, ]{22})\]", masks)]
         assert rows == [
             *(0b11100000, 0b11100000, 0b11100000, 0b11110000, 0b11111000, 0b11111100, 0b11111110, 0b11111111),
-            *([0b11110000] * 4 + [0b11111111] * 4),
+            *([0b11100000] * 3 + [0b00011100] * 3 + [0b00000011] * 2),
             *(0b10000000, 0b11100000, 0b11100000, 0b11110000, 0b11111100, 0b11111100, 0b11111110, 0b11111111),
+            *(0b11000000, 0b11100000, 0b11110000, 0b01111000, 0b00111100, 0b00011110, 0b00001111, 0b00000111),
+            *([0b11111111] * 8),
             *(0b10000000, 0b11000000, 0b11100000, 0b11110000, 0b11111000, 0b11100100, 0b11100110, 0b11100111),
         ]
         assert "tensor([9, 6]" in decoding
         assert torch.tensor(eval(model, {"tensor": list})).shape == (2, 7)
         assert parallel == "torch.Size([2, 8, 300, 64])\n"
-        assert AttentionMaskInterface()["flex_attention"] is causal_padded_flexattn.transformers_block_mask
-        assert AttentionInterface()["flex_attention"] is causal_padded_flexattn.transformers_attention
+        assert AttentionMaskInterface()["flex_attention"] is transformers.block_mask
+        assert AttentionInterface()["flex_attention"] is transformers.attention
 
 
 def test_the_textbook_mask_is_that_of_the_module() -> None:

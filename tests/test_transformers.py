@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import masking_utils
 
-import causal_padded_flexattn
-from causal_padded_flexattn import register_transformers, transformers_attention, transformers_block_mask
+from causal_padded_flexattn import _origin_of
+from causal_padded_integrations import transformers as adapter
 
 SIZES = {
     "vocab_size": 97,
@@ -55,8 +55,8 @@ def handed_over(monkeypatch: pytest.MonkeyPatch, stock_afterwards: None) -> list
         return theirs(*args, **kwargs)
 
     monkeypatch.setattr(masking_utils, "flex_attention_mask", counted)
-    register_transformers()
-    assert transformers.AttentionMaskInterface()["flex_attention"] is transformers_block_mask
+    adapter.register()
+    assert transformers.AttentionMaskInterface()["flex_attention"] is adapter.block_mask
     return calls
 
 
@@ -260,13 +260,13 @@ def test_autocast_reaches_the_kernels(
     device: str, handed_over: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtypes = set()
-    attend = causal_padded_flexattn._attend
+    attend = adapter._attend
 
     def watched(query: Tensor, key: Tensor, value: Tensor, *args):
         dtypes.update(x.dtype for x in (query, key, value))
         return attend(query, key, value, *args)
 
-    monkeypatch.setattr(causal_padded_flexattn, "_attend", watched)
+    monkeypatch.setattr(adapter, "_attend", watched)
     input_ids, attention_mask = make_batch("left", device)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         logits, expected = (
@@ -314,7 +314,7 @@ def test_dropout_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"flex_attention has no dropout: set attention_dropout to 0; got dropout 0\.1"
     ):
-        transformers_attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
+        adapter.attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -334,9 +334,7 @@ def test_offsets(
 ) -> None:
     attention_mask = torch.rand(3, seen, device=device) > 0.3
     offset = q_offset if as_tensor is None else torch.tensor(q_offset, device=device).reshape(as_tensor)
-    block_mask = transformers_block_mask(
-        3, q_length, kv_length, offset, kv_offset, None, attention_mask, device
-    )
+    block_mask = adapter.block_mask(3, q_length, kv_length, offset, kv_offset, None, attention_mask, device)
     pads = torch.ones(3, kv_offset + kv_length, dtype=torch.bool, device=device)
     pads[:, :seen] = ~attention_mask
     mask = create_mask(block_mask.mask_mod, 3, 1, q_length, kv_length, device)[:, 0]
@@ -344,7 +342,7 @@ def test_offsets(
 
 
 def test_without_attention_mask_nothing_is_padding() -> None:
-    block_mask = transformers_block_mask(2, 10, 30, q_offset=5)
+    block_mask = adapter.block_mask(2, 10, 30, q_offset=5)
     mask = create_mask(block_mask.mask_mod, 2, 1, 10, 30, "cpu")[:, 0]
     assert torch.equal(mask, explicit_mask(torch.zeros(2, 30, dtype=torch.bool), 10, 5))
 
@@ -453,7 +451,7 @@ def test_a_mask_function_at_every_pair(seed: int, kind: str, only_listed: list) 
     q_offset = total - q_length
     only_listed.clear()
     offset = random.choice([q_offset, torch.tensor(q_offset), torch.tensor([q_offset])])
-    block_mask = transformers_block_mask(batch_size, q_length, kv_length, offset, kv_offset, function, ~pads)
+    block_mask = adapter.block_mask(batch_size, q_length, kv_length, offset, kv_offset, function, ~pads)
     if only_listed:
         assert kind != "theirs"
         return
@@ -476,16 +474,16 @@ def test_a_number_that_comes_back_is_no_run(only_listed: list) -> None:
     ):
         only_listed.clear()
         function = masking_utils.packed_sequence_mask_function(numbers)
-        transformers_block_mask(1, 8, 8, mask_function=function)
+        adapter.block_mask(1, 8, 8, mask_function=function)
         assert bool(only_listed) == is_theirs
     # Not among images, that are not seen from each other's place, nor where only padding has it.
     only_listed.clear()
-    transformers_block_mask(
+    adapter.block_mask(
         1, 8, 8, 0, 0, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, 1, 1, -1, -1]]))
     )
     function = masking_utils.packed_sequence_mask_function(COMES_BACK)
-    transformers_block_mask(1, 8, 8, 0, 0, function, torch.arange(8)[None] < 5)
-    transformers_block_mask(1, 8, 8, 0, 0, function, torch.arange(8)[None] >= 5)
+    adapter.block_mask(1, 8, 8, 0, 0, function, torch.arange(8)[None] < 5)
+    adapter.block_mask(1, 8, 8, 0, 0, function, torch.arange(8)[None] >= 5)
     assert not only_listed
 
 
@@ -501,14 +499,16 @@ def test_the_operator_that_hides_the_pieces(device: str, padded: bool, is_equal:
         (numbers[:1], numbers[:, :1]),
     ):
         arguments = (keys, wanted, queries, pads, is_equal)
-        torch.library.opcheck(torch.ops.causal_padded.find_in_pieces.default, arguments)
+        torch.library.opcheck(
+            torch.ops.causal_padded_integrations_transformers.find_in_pieces.default, arguments
+        )
 
 
 def test_in_a_graph_a_number_that_comes_back_is_an_error(handed_over: list) -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def build(numbers: Tensor) -> Tensor:
         function = masking_utils.packed_sequence_mask_function(numbers)
-        return transformers_block_mask(1, 8, 8, mask_function=function).kv_num_blocks
+        return adapter.block_mask(1, 8, 8, mask_function=function).kv_num_blocks
 
     build(IN_ONE_PLACE.cummax(1).values)
     with pytest.raises(RuntimeError, match="a query does not see one run of keys: use sdpa"):
@@ -553,6 +553,26 @@ def test_compiled_whole_it_trains(padding: str, handed_over: list) -> None:
     assert not handed_over
 
 
+@pytest.mark.usefixtures("stock_afterwards")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_promise_of_the_padding_side(side: str) -> None:
+    """It is handed on where a batch is trained or prefilled, not into a cache."""
+    adapter.register(padding_side=side)
+    make = transformers.AttentionMaskInterface()["flex_attention"]
+    kept = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    kept = kept if side == "right" else kept.flip(1)
+    block_mask = make(2, 4, 4, 0, 0, masking_utils.causal_mask_function, kept, "cpu")
+    assert _origin_of(block_mask).is_computed
+    mask = create_mask(block_mask.mask_mod, 2, 1, 4, 4, "cpu")[:, 0]
+    assert torch.equal(mask, explicit_mask(kept == 0))
+    with pytest.raises(ValueError, match=f"padding_side promises that all padding stands on the {side}"):
+        make(2, 4, 4, 0, 0, masking_utils.causal_mask_function, kept.flip(1), "cpu")
+    block_mask = make(2, 1, 9, 4, 0, masking_utils.causal_mask_function, kept, "cpu")
+    assert not _origin_of(block_mask).is_computed
+    with pytest.raises(ValueError, match='padding_side must be "right", "left" or None; got \'both\''):
+        adapter.register(padding_side="both")
+
+
 def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {}
 
@@ -567,7 +587,7 @@ def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     window = masking_utils.and_masks(window, lambda *place: place[3] % 2 == 0)
     attention_mask, more = torch.ones(2, 16), {"allow_is_causal_skip": False, "local_size": 8}
     offset = torch.tensor(12)
-    result = transformers_block_mask(2, 4, 16, offset, 1, window, attention_mask, "cpu", **more)
+    result = adapter.block_mask(2, 4, 16, offset, 1, window, attention_mask, "cpu", **more)
     offset += 1  # as a static cache does, before attention asks the mask
     assert result == "theirs"
     sizes = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")
@@ -579,7 +599,7 @@ def test_other_masks_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_window_of_none_is_empty() -> None:
     """Some configurations have one of 0, which no layer uses."""
     function = masking_utils.sliding_window_causal_mask_function(0)
-    block_mask = transformers_block_mask(1, 9, 9, mask_function=function)
+    block_mask = adapter.block_mask(1, 9, 9, mask_function=function)
     assert not create_mask(block_mask.mask_mod, 1, 1, 9, 9, "cpu").any()
 
 
@@ -588,6 +608,6 @@ def test_cross_attention_of_equal_lengths_masks_no_query() -> None:
     pads[0, 25:] = True
     for q_length in (40, 7):
         both_ways = masking_utils.bidirectional_mask_function
-        block_mask = transformers_block_mask(2, q_length, 40, 0, 0, both_ways, ~pads)
+        block_mask = adapter.block_mask(2, q_length, 40, 0, 0, both_ways, ~pads)
         mask = create_mask(block_mask.mask_mod, 2, 1, q_length, 40, "cpu")[:, 0]
         assert torch.equal(mask, (~pads)[:, None].expand(-1, q_length, -1))

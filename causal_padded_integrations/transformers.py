@@ -1,0 +1,422 @@
+"""The masks and kernels of causal_padded_flexattn in models of transformers, version 5 or later.
+
+    from causal_padded_integrations.transformers import register
+
+    register()
+    model.set_attn_implementation("flex_attention")
+
+transformers describes a mask by a function of batch, head, query and key. Here that function is called
+once, with stand-ins for its arguments. They compute no mask, but the run of keys that each query sees:
+comparing the stand-in for the key with that for the query gives a run, `&` the intersection of two runs, and
+`|` their union where that is one run. Tables that the function looks up, such as the numbers of packed
+sequences, are searched. What the stand-ins do not support is left to transformers.
+"""
+
+from functools import partial
+from operator import add, eq, ge, gt, le, lt, sub
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.overrides import TorchFunctionMode
+
+from causal_padded_flexattn import (
+    _attend,
+    _cast_for_autocast,
+    create_block_mask_from_runs,
+    create_causal_padding_block_mask,
+)
+
+__all__ = ["attention", "block_mask", "register"]
+
+_END = 2**29  # a place behind the end of every sequence
+
+
+def register(padding_side: str | None = None) -> None:
+    """Make transformers models with attn_implementation="flex_attention" use the masks and kernels here.
+
+    Args:
+        padding_side: "right" or "left" promises that all padding stands there, in every batch that is not
+            decoded. Causal masks without a window are then faster. `create_causal_padding_block_mask` says
+            what happens if the promise is broken.
+
+    Raises:
+        ImportError: transformers is not installed, or it is older than version 5.
+        ValueError: the padding_side is another word.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if padding_side not in (None, "right", "left"):
+        raise ValueError(f'padding_side must be "right", "left" or None; got {padding_side!r}')
+    promised = block_mask if padding_side is None else partial(block_mask, padding_side=padding_side)
+    AttentionMaskInterface.register("flex_attention", promised)
+    AttentionInterface.register("flex_attention", attention)
+
+
+def block_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function: Any = None, attention_mask: Tensor | None = None, device: Any = "cpu",
+    padding_side: str | None = None, **kwargs: Any,
+) -> BlockMask:  # fmt: skip
+    """Build the masks of transformers in closed form.
+
+    A mask in which some query sees more than one run of keys, or whose function does something that the
+    stand-ins do not support, is left to the function of transformers that this one replaces. Whether the
+    numbers of packed sequences or of images make runs is read from the device. In a compiled model it is
+    asserted on the device instead.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function: what transformers passes to its
+            own function.
+        attention_mask: (B, up to kv_offset + S), 0 or False where the token is padding. None means that there
+            is no padding.
+        device: what transformers passes to its own function.
+        padding_side: the promise that was made to `register`.
+        kwargs: what else transformers passes. All of it goes to the function that is replaced.
+
+    Returns:
+        A BlockMask of shape (B, 1, L, S). Padded queries of a causal mask see nothing here; in transformers
+        they see the keys before them.
+    """
+    from transformers import masking_utils
+
+    if attention_mask is None:
+        pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        pads = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
+        pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
+    offset = q_offset - kv_offset if kv_offset else q_offset
+    offset = offset.reshape(()) if isinstance(offset, Tensor) else offset  # (1,) in some versions
+    # A decoder makes this one at every step, so it goes the shortest way.
+    if mask_function in (None, masking_utils.causal_mask_function):
+        side = padding_side if q_length == kv_length else None  # a cache has room for what comes
+        return create_causal_padding_block_mask(pads, q_length, q_offset=offset, padding_side=side)
+    keys = torch.arange(kv_length, dtype=torch.int32, device=device)
+    if isinstance(offset, Tensor) and q_length == 1:
+        queries = offset.reshape(1).int()  # (L,), their places among the keys
+    else:
+        queries = torch.arange(q_length, dtype=torch.int32, device=device) + offset
+    if mask_function is masking_utils.bidirectional_mask_function or "allow_is_bidirectional_skip" in kwargs:
+        # They may be other tokens than the keys, and nothing says which of them are padding.
+        query_pads = pads.new_zeros(batch_size, q_length)
+    else:
+        query_pads = pads.index_select(1, queries)
+    try:
+        own_pads = None if attention_mask is None else pads
+        first, last, is_run = _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, own_pads)
+        is_run = is_run if is_run is True else torch.all(is_run | query_pads)
+        if is_run is not True and torch.compiler.is_compiling():
+            # It has no public name.
+            torch._assert_async(is_run, "a query does not see one run of keys: use sdpa")
+        elif not is_run:
+            raise TypeError
+    except Exception:  # what a mask function does to a stand-in may fail in any way
+        if isinstance(q_offset, Tensor):
+            q_offset = q_offset.clone()  # a static cache moves it before attention asks this mask
+        sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
+        theirs: Any = masking_utils.flex_attention_mask  # as it is now: it may be replaced
+        return theirs(*sizes, mask_function, attention_mask, device, **kwargs)
+    return create_block_mask_from_runs(first, last, pads, query_pads=query_pads)
+
+
+def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
+    """The first and the last key that each query sees, and whether it sees all real keys between them.
+
+    The first two are (B, L) or (L,). A first of None stands for 0. A plain True stands for all queries.
+    """
+    batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
+    query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
+    key.is_place = True
+    with _LookUp(queries, pads):
+        run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
+    last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
+    first = run.first if isinstance(run.first, Tensor) else None
+    # (B, L), or (L,) where one run serves all sequences.
+    long = lambda x: x.expand(-1, queries.shape[0]) if x.shape[0] > 1 else x[0].expand(queries.shape[0])
+    return None if first is None else long(first), long(last), run.high == _END
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _is_int(x):
+    return type(x) is int or isinstance(x, torch.SymInt)
+
+
+class _StandIn:
+    """Stands for an argument of a mask function, or for what is computed of it. The rest is a TypeError."""
+
+    device = None
+
+    def __eq__(self, other):
+        raise TypeError
+
+    def __bool__(self):
+        raise TypeError
+
+
+class _Numbers(_StandIn):
+    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + more.
+
+    Numbers of keys that were looked up in a table may fall. `table` is then the places of the queries, and
+    the pads.
+    """
+
+    def __init__(self, side, base, more=0, table=None):
+        self.side, self.base, self.more, self.table = side, base, more, table
+        self.is_place = False  # of the keys: whether base is their places
+
+    @property
+    def values(self):
+        return self.base + self.more if self.more else self.base
+
+    def _with(self, operation, other):
+        if isinstance(other, _Numbers) and other.side == "batch":
+            return _Numbers(self.side, operation(self.values, other.values), 0, self.table)
+        if not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
+            raise TypeError
+        result = _Numbers(self.side, self.base, operation(self.more, other), self.table)
+        result.is_place = self.is_place
+        return result
+
+    def __sub__(self, other):
+        is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
+        return _Difference(self, other) if is_difference else self._with(sub, other)
+
+    def __floordiv__(self, size):
+        if not (_is_int(size) and size > 0):
+            raise TypeError
+        return _Numbers(self.side, self.values // size, 0, self.table)
+
+    __add__ = lambda self, other: self._with(add, other)
+    __lt__ = lambda self, other: _compare(self, lt, other)
+    __le__ = lambda self, other: _compare(self, le, other)
+    __gt__ = lambda self, other: _compare(self, gt, other)
+    __ge__ = lambda self, other: _compare(self, ge, other)
+    __eq__ = lambda self, other: _compare(self, eq, other)
+    new_ones = lambda self, *args, **kwargs: _Run()
+    new_zeros = lambda self, *args, **kwargs: _Nothing()
+
+
+class _Difference(_StandIn):
+    def __init__(self, query, key):
+        self.query, self.key = query, key
+
+    __abs__ = lambda self: _Distance(self.query, self.key)
+
+
+class _Distance(_Difference):
+    __le__ = lambda self, most: (self.key >= self.query - most) & (self.key <= self.query + most)
+    __lt__ = lambda self, limit: self <= limit - 1
+
+
+class _Nothing(_StandIn):
+    __or__ = lambda self, run: _as_run(run)  # it is what a union begins with
+
+
+class _Run(_StandIn):
+    """The keys from first to last, (B or 1, L or 1), or a number where there is no limit.
+
+    This is known for the keys from low to high only, or for all keys where high is _END.
+    """
+
+    def __init__(self, first=0, last=_END, low=0, high=_END):
+        self.first, self.last, self.low, self.high = first, last, low, high
+
+    to = lambda self, device: self
+
+    def __and__(self, other):
+        other = _as_run(other)
+        first, last = (
+            _pick(torch.maximum, self.first, other.first),
+            _pick(torch.minimum, self.last, other.last),
+        )
+        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
+        for x, y in ((self, other), (other, self)):
+            if isinstance(x.high, Tensor):
+                # What x does not know does not matter where y, which must be known, allows nothing.
+                settled = (y.first > y.last) | (x.low <= y.first) & (y.last <= x.high)
+                settled = settled & (y.high == _END)
+                low, high = torch.where(settled, 0, low), torch.where(settled, _END, high)
+        return _Run(first, last, low, high)
+
+    def __or__(self, other):
+        other, ends = _as_run(other), []
+        for run in (self, other):
+            if not isinstance(run.first, Tensor) and not isinstance(run.last, Tensor):
+                return run  # all keys
+            is_empty = (run.last < run.first) | (run.last < 0)
+            ends.append((torch.where(is_empty, _END, run.first), torch.where(is_empty, -1, run.last)))
+        (first, last), (begin, end) = ends
+        # It is one run if the two overlap or touch, or if one of them is empty.
+        is_one = (first <= end + 1) & (begin <= last + 1) | (last < 0) | (end < 0)
+        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
+        high = torch.where(is_one, high, -1)
+        return _Run(torch.minimum(first, begin), torch.maximum(last, end), low, high)
+
+
+def _pick(choose, x, y):
+    return x if not isinstance(y, Tensor) else y if not isinstance(x, Tensor) else choose(x, y)
+
+
+def _as_run(x):
+    if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.bool:  # one answer for all pairs
+        is_known = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = _Run() if is_known and x else None
+    if not isinstance(x, _Run):
+        raise TypeError
+    return x
+
+
+def _compare(x, how, y):
+    """The keys for which numbers of the queries, or of the batch, compare so with numbers of the keys."""
+    if isinstance(y, _Numbers) and y.side == "key":
+        x, how, y = y, {lt: gt, le: ge, gt: lt, ge: le, eq: eq}[how], x
+    if _is_int(y):
+        y = _Numbers("batch", torch.full_like(x.values[:1, :1], y))
+    if not isinstance(y, _Numbers) or y.side == "key":
+        raise TypeError
+    if x.side != "key":  # all keys, or none
+        return _Run(0, torch.where(how(x.values, y.values), _END, -1))
+    low, high = 0, _END
+    if x.is_place:
+        if y.base.dtype != torch.int32:
+            y = _Numbers(y.side, y.values.clamp(-_END, _END))
+        far = y.more - x.more
+        at = lambda more: y.base + more if more else y.base
+        first = at(far) if how in (ge, eq) else at(far + 1) if how is gt else 0
+        return _Run(first, at(far) if how in (le, eq) else at(far - 1) if how is lt else _END)
+    if x.table is not None:
+        find = _opaque_find_in_pieces if torch.compiler.is_compiling() else _find_in_pieces
+        begin, end, low, high = find(x.values, y.values, *x.table, how is eq)
+    else:
+        begin, end = _search(x.values, y.values)
+    first = begin if how in (ge, eq) else end + 1 if how is gt else 0
+    last = end if how in (le, eq) else begin - 1 if how is lt else _END
+    return _Run(first, last, low, high)
+
+
+def _search(keys, wanted):
+    """Where in each row of keys, which do not fall, the wanted numbers begin and end, or would."""
+    rows = max(keys.shape[0], wanted.shape[0])
+    # Torch 2.11 cannot compile an expand that changes nothing.
+    keys, wanted = (x.long() if x.shape[0] == rows else x.long().expand(rows, -1) for x in (keys, wanted))
+    search = partial(torch.searchsorted, keys.contiguous(), wanted.contiguous(), out_int32=True)
+    return search(), search(right=True) - 1
+
+
+def _find_in_pieces(
+    keys: Tensor, wanted: Tensor, queries: Tensor, pads: Tensor | None, is_equal: bool
+) -> list[Tensor]:
+    """Where in each row of keys, which may fall, the wanted numbers begin and end, as far as is known.
+
+    Where the numbers fall a piece begins. A query looks in the piece that it stands in.
+
+    Returns:
+        begin, end, low, high: (B, L). The first two are right for the keys from low to high.
+    """
+    if pads is not None:  # padding may have any number: it gets that of the real token before it
+        places = torch.arange(pads.shape[1], device=pads.device)
+        real = torch.where(pads, -1, places).cummax(1).values
+        keys = keys.expand_as(pads).gather(1, real.clamp(min=0)).masked_fill(real < 0, -1)
+    keys = keys.expand(max(keys.shape[0], wanted.shape[0]), -1)
+    own = queries.long().clamp(0, keys.shape[1] - 1).expand(keys.shape[0], -1)
+    steps = keys.diff()
+    pieces = F.pad((steps < 0).cumsum(1), (1, 0))
+    piece = pieces.gather(1, own)
+    low, high = _search(pieces, piece)
+    if is_equal:
+        # Each number that is not negative has one place, if it is larger than all before where it begins.
+        again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
+        once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
+        low, high = torch.where(once, 0, low), torch.where(once, _END, high)
+    high = torch.where((keys == keys.int()).all(), high, -1)  # the piece takes the bits above
+    wanted = wanted.clamp(-(2**31) - 1, 2**31)
+    begin, end = _search(keys + (pieces << 33), wanted + (piece << 33))
+    return [begin, end, low, high]
+
+
+# This is an operator of its own, because torch 2.11 fails to compile some uses of cummax and searchsorted.
+_opaque_find_in_pieces = torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::find_in_pieces", _find_in_pieces, mutates_args=()
+)
+
+
+@_opaque_find_in_pieces.register_fake
+def _(keys, wanted, queries, pads, is_equal):
+    rows = max(keys.shape[0], wanted.shape[0]) if pads is None else pads.shape[0]
+    return [keys.new_empty(rows, queries.shape[0], dtype=torch.int32) for _ in range(4)]
+
+
+class _LookUp(TorchFunctionMode):
+    """Inside of this mode a tensor can be indexed by stand-ins, as in table[batch, key]."""
+
+    def __init__(self, queries, pads):
+        super().__init__()
+        self.queries, self.pads = queries, pads
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        index = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:2]
+        stand_ins = [x for x in index if isinstance(x, _StandIn)]
+        if function is not torch.Tensor.__getitem__ or not stand_ins:
+            return function(*args, **(kwargs or {}))
+        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
+        sides = {x.side for x in stand_ins} - {"batch"}
+        if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
+            raise TypeError
+        (side,) = sides or {"batch"}
+        return _Numbers(side, numbers.long(), 0, (self.queries, self.pads) if side == "key" else None)
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Run the "flex_attention" of transformers with the kernels of `attend`.
+
+    Args:
+        module, query, key, value, attention_mask, scaling: what transformers passes to an attention function.
+            A dense mask is added to the scores, or says where they are computed if it is boolean.
+        softcap: the bound that scores are softly limited to.
+        s_aux: (Hq,), the attention sinks.
+        position_bias: (B or 1, Hq, L, S), added to the scores.
+        kwargs: what else transformers passes. Only dropout is looked at.
+
+    Returns:
+        The output, (B, L, Hq, Ev), and None in the place of the weights.
+
+    Raises:
+        ValueError: transformers asks for dropout, which flex_attention does not support.
+    """
+    dropout, added, block_mask = kwargs.get("dropout"), [position_bias], attention_mask
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout: set attention_dropout to 0; got dropout {dropout}")
+    query, key, value = _cast_for_autocast(query, key, value)
+    if isinstance(attention_mask, Tensor):
+        block_mask, dense = None, attention_mask[..., : key.shape[2]]
+        if dense.dtype == torch.bool:
+            dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, -torch.inf)
+        added.append(dense)
+    biases = [x.expand(*query.shape[:3], key.shape[2]) for x in added if x is not None]
+    # A number would be compiled in, and torch fails where it changes: another model may have another one.
+    cap = (
+        None if softcap is None else torch.full_like(query[0, :, 0, 0], softcap, dtype=torch.float32)
+    )  # (Hq,)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap[h] * torch.tanh(score / cap[h])
+        for bias in biases:
+            score = score + bias[b, h, q_idx, kv_idx]
+        return score
+
+    modifies = score_mod if biases or cap is not None else None
+    # Not by attend, whose checks every layer of every decoding step would pay for, and which needs a mask.
+    output, lse = _attend(query, key, value, modifies, block_mask, scaling, s_aux is not None)
+    if s_aux is not None:  # a sink is one more key, with a value of zero, that takes its share of the softmax
+        share = torch.sigmoid(lse - s_aux.float()[:, None])  # (B, Hq, L)
+        output = output * share.unsqueeze(-1).to(output.dtype)
+    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,258 @@
+"""create_block_mask_from_runs against create_block_mask: random runs, and the recipes of the README."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import explicit_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_block_mask import assert_same_block_mask, rows_of_padding, textbook
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from causal_padded_flexattn import attend, create_block_mask_from_runs
+
+
+def mask_of_runs(first, last, pads: Tensor, query_pads: Tensor, until: Tensor | None = None) -> Tensor:
+    """(B, L, S), written out."""
+    keys, queries = torch.arange(pads.shape[1]), torch.arange(query_pads.shape[1])
+    mask = ~query_pads[:, :, None] & ~pads[:, None, :]
+    mask = mask if first is None else mask & (keys >= first[..., :, None])
+    mask = mask if last is None else mask & (keys <= last[..., :, None])
+    return mask if until is None else mask & (queries[:, None] <= until[:, None, :])
+
+
+def assert_as_written_out(ours: BlockMask, expected: Tensor, block_size: Any, exact: bool) -> None:
+    """The mask at every pair, and tiles: the same ones, or at least those that hold an allowed pair."""
+    theirs = textbook(expected, block_size)
+    mask = create_mask(ours.mask_mod, expected.shape[0], 1, *expected.shape[1:], "cpu")[:, 0]
+    assert torch.equal(mask, expected)
+    if exact:
+        assert_same_block_mask(ours, theirs)
+        return
+    assert (ours.to_dense() >= theirs.to_dense()).all()
+    for name in ("full_kv", "full_q"):
+        counts, indices = getattr(theirs, f"{name}_num_blocks"), getattr(theirs, f"{name}_indices")
+        assert torch.equal(getattr(ours, f"{name}_num_blocks"), counts)
+        listed = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(ours, f"{name}_indices")[listed], indices[listed])
+
+
+BLOCK_SIZES = [16, 64, 128, (64, 128), (128, 32)]
+DTYPES = [torch.int64, torch.int32, torch.int16]
+SIDES = ("right", "left", "bits", "runs", "none", "empty")
+
+
+@st.composite
+def runs(draw, q_len: int, kv_len: int, kind: str) -> tuple[list[int], list[int]]:
+    """The ends of runs: "own" ones rise and hold the query's place, "touching" ones rise and skip no key."""
+    if kind == "any":
+        place = st.integers(-40, kv_len + 40)
+        small = draw(st.lists(st.tuples(place, place), min_size=1, max_size=40))
+        return [small[i * 7 % len(small)][0] for i in range(q_len)], [
+            small[i % len(small)][1] for i in range(q_len)
+        ]
+    steps = draw(st.lists(st.integers(0, draw(st.sampled_from([1, 3, 30]))), min_size=1, max_size=30))
+    back, ahead = draw(st.integers(0, 200)), draw(st.integers(0, 200))
+    first, last = [], []
+    for i in range(q_len):
+        if kind == "own":
+            first.append(max(i - back - steps[i % len(steps)], first[-1] if first else -(2**40)))
+            last.append(max(i + ahead + steps[i * 3 % len(steps)], last[-1] if last else 0))
+            first[-1] = min(first[-1], i)
+        else:
+            begin = first[-1] + steps[i % len(steps)] if first else 0
+            begin = min(begin, last[-1] + 1 if last else 0, kv_len - 1)
+            first.append(begin)
+            last.append(max(begin + steps[i * 5 % len(steps)], last[-1] if last else 0))
+    return first, last
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["own", "own", "touching", "any"]),
+    block_size=st.sampled_from(BLOCK_SIZES),
+)
+def test_random_runs(data: st.DataObject, kind: str, block_size: Any) -> None:
+    batch_size, kv_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 400))
+    q_len = kv_len if kind == "own" else data.draw(st.integers(1, 400))
+    pads = torch.tensor([data.draw(rows_of_padding(kv_len, SIDES)) for _ in range(batch_size)])
+    query_pads = pads
+    if kind != "own":
+        query_pads = torch.tensor([data.draw(rows_of_padding(q_len, SIDES)) for _ in range(batch_size)])
+        pads, query_pads = (torch.zeros_like(x) if kind == "touching" else x for x in (pads, query_pads))
+    per_row = data.draw(st.booleans())
+    ends = [data.draw(runs(q_len, kv_len, kind)) for _ in range(batch_size if per_row else 1)]
+    dtype = torch.int64 if kind == "own" else data.draw(st.sampled_from(DTYPES))
+    first, last = (torch.tensor([run[i] for run in ends], dtype=dtype) for i in range(2))
+    first, last = (x if per_row else x[0] for x in (first, last))
+    first = data.draw(st.sampled_from([first, first, None]))
+    last = data.draw(st.sampled_from([last, last, None]))
+    given_pads = None if kind == "own" and data.draw(st.booleans()) else query_pads
+    ours = create_block_mask_from_runs(first, last, pads, query_pads=given_pads, BLOCK_SIZE=block_size)
+    assert_as_written_out(ours, mask_of_runs(first, last, pads, query_pads), block_size, kind != "any")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), block_size=st.sampled_from(BLOCK_SIZES))
+def test_random_runs_and_until(data: st.DataObject, block_size: Any) -> None:
+    q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    pads, query_pads = (torch.tensor([data.draw(rows_of_padding(n, SIDES))]) for n in (kv_len, q_len))
+    first, last = (torch.tensor(x) for x in data.draw(runs(q_len, kv_len, "any")))
+    numbers = data.draw(st.lists(st.integers(-5, q_len + 5) | st.just(2**62), min_size=1, max_size=50))
+    until = torch.tensor([[numbers[i % len(numbers)] for i in range(kv_len)]])
+    with torch.set_grad_enabled(data.draw(st.booleans())):
+        ours = create_block_mask_from_runs(
+            first, last, pads, query_pads=query_pads, until=until, BLOCK_SIZE=block_size
+        )
+    expected = mask_of_runs(first, last, pads, query_pads, until)
+    mask = create_mask(ours.mask_mod, 1, 1, q_len, kv_len, "cpu")[:, 0]
+    assert torch.equal(mask, expected)
+    assert (ours.to_dense() >= textbook(expected, block_size).to_dense()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ends_as_far_away_as_can_be(dtype: torch.dtype) -> None:
+    """What would overflow, if it were not cut off."""
+    pads = torch.zeros(2, 300, dtype=torch.bool)
+    pads[0, 100:] = pads[1, :200] = True
+    far = torch.full((300,), torch.iinfo(dtype).max, dtype=dtype)
+    for first, last in ((-far - 1, far), (-far, far), (far, -far - 1), (far, far), (-far, -far)):
+        ours = create_block_mask_from_runs(first, last, pads)
+        sees = bool(first[0] < 0 < last[0])
+        assert_as_written_out(ours, explicit_mask(pads, causal=False) & sees, 128, exact=True)
+
+
+PLACES, N = torch.arange(200), 37
+PADS = {
+    "none": torch.zeros(3, 200, dtype=torch.bool),
+    "right": torch.stack([n <= PLACES for n in (200, 120, 5)]),
+    "left": torch.stack([n > PLACES for n in (0, 80, 195)]),
+    "holes": torch.stack([n == PLACES % 7 for n in (0, 3, 20)]),
+}
+
+
+def recipe(name: str, pads: Tensor) -> tuple[dict, Tensor]:
+    """What the function is given, and the mask it must be, less padding: (B or 1, S, S)."""
+    query, key, left = PLACES[:, None], PLACES, pads.int().argmin(1, keepdim=True)  # of the first real token
+    is_causal = query >= key
+    if name == "prefix":  # of N real tokens where all padding is on the right, or on the left
+        last = PLACES.clamp(min=left + N - 1)
+        return {"first": None, "last": last}, is_causal | (key < left[:, :, None] + N)
+    if name == "images":  # that see themselves: up to the token before the next text
+        image = (PLACES // 25 % 2 == 1).expand(3, -1)
+        text = torch.where(image, 200, PLACES).flip(1).cummin(1).values.flip(1)
+        same = image[:, :, None] & (query // 25 == key // 25)
+        return {"first": None, "last": torch.maximum(PLACES, text - 1)}, is_causal | same
+    if name == "images that touch":  # up to the token before the next text, or the next image
+        number = PLACES // 25
+        image, begins = (number % 3 > 0).expand(3, -1), PLACES % 25 == 0
+        after = torch.where(~image | begins, PLACES, 200)[:, 1:].flip(1).cummin(1).values.flip(1)
+        same = image[:, :, None] & (number[:, None] == number)
+        return {"first": None, "last": F.pad(after - 1, (0, 1), value=199)}, is_causal | same
+    if name == "chunks":
+        begin = PLACES // N * N
+        return {"first": begin, "last": begin + N - 1}, query // N == key // N
+    if name == "causal chunks":
+        return {"first": PLACES // N * N, "last": PLACES}, is_causal & (query // N == key // N)
+    if name == "chunks with left context":  # of two chunks, as speech models stream
+        begin = PLACES // N * N
+        behind = query // N - key // N
+        return {"first": begin - 2 * N, "last": begin + N - 1}, (behind >= 0) & (behind <= 2)
+    if name == "unequal window":
+        return {"first": PLACES - 50, "last": PLACES + 10}, (key >= query - 50) & (key <= query + 10)
+    if name == "encoder":
+        return {"first": None, "last": None}, is_causal | True
+    if name == "local encoder":
+        return {"first": PLACES - N, "last": PLACES + N}, (query - key).abs() <= N
+    if name == "encoder of documents":
+        begin = PLACES // 70 * 70
+        return {"first": begin, "last": begin + 69}, query // 70 == key // 70
+    # A prompt of 30 tokens, and two answers of 80 and 90 to it.
+    part = (PLACES >= 30).int() + (PLACES >= 110).int()
+    until = torch.tensor([199, 109, 199])[part].expand(3, -1)
+    seen = is_causal & ((part == 0) | (part[:, None] == part))
+    return {"first": None, "last": PLACES, "until": until}, seen
+
+
+RECIPES = [
+    "prefix",
+    "images",
+    "images that touch",
+    "chunks",
+    "causal chunks",
+    "chunks with left context",
+    "unequal window",
+]
+RECIPES += ["encoder", "local encoder", "encoder of documents", "tree"]
+
+
+@pytest.mark.parametrize("padding", PADS)
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_recipes(name: str, padding: str, block_size: int) -> None:
+    pads = PADS[padding]
+    given, mask = recipe(name, pads)
+    expected = mask & ~pads[:, :, None] & ~pads[:, None, :]
+    ours = create_block_mask_from_runs(
+        given.pop("first"), given.pop("last"), pads, **given, BLOCK_SIZE=block_size
+    )
+    assert_as_written_out(ours, expected, block_size, exact=True)
+    query, key, value = torch.randn(3, 3, 2, 200, 16)
+    output = attend(query, key, value, ours)
+    scores = (query @ key.mT / 4).masked_fill(~expected[:, None], -torch.inf)
+    torch.testing.assert_close(output, scores.softmax(-1).nan_to_num() @ value, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention() -> None:
+    for pads in PADS.values():
+        query_pads = torch.arange(90) >= torch.tensor([[90], [20], [1]])
+        ours = create_block_mask_from_runs(None, None, pads, query_pads=query_pads)
+        assert_as_written_out(ours, ~query_pads[:, :, None] & ~pads[:, None, :], 128, exact=True)
+
+
+def test_decoding_behind_a_prefix() -> None:
+    """The queries are some of the tokens: their places, and which of them are padding, are given."""
+    pads, place = PADS["left"], torch.arange(150, 160)
+    last = place.clamp(min=99)
+    with torch.no_grad():
+        ours = create_block_mask_from_runs(None, last, pads, query_pads=pads[:, 150:160])
+    assert ours.full_kv_num_blocks is None
+    expected = explicit_mask(pads)[:, 150:160]
+    assert torch.equal(create_mask(ours.mask_mod, 3, 1, 10, 200, "cpu")[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pads": None}, TypeError, "pads must be a torch.bool tensor.*for no padding; got pads None"),
+        ({"first": 0}, TypeError, "first must be a tensor of integers.*got pads.*first 0"),
+        ({"last": PLACES.float()}, TypeError, "last must be a tensor of integers.*float32"),
+        ({"last": torch.tensor(3)}, ValueError, r"last must be of shape \(B, L\)"),
+        (
+            {"first": PLACES[:100]},
+            ValueError,
+            r"query_pads must say .* pads\[:, -L:\] if .*got first \(100,\)",
+        ),
+        ({"last": PLACES[:100]}, ValueError, r"query_pads must say which queries are padding"),
+        ({"first": PLACES[:100], "last": PLACES}, ValueError, "query_pads must say which"),
+        ({"first": PLACES, "last": PLACES[:100]}, ValueError, "last must be.*but L is 100 in it and 200 in"),
+        ({"last": PLACES.expand(2, -1)}, ValueError, "last must be .*but B is 2 in it and 3 in pads"),
+        ({"query_pads": PADS["none"].int()}, TypeError, "query_pads must be a torch.bool tensor"),
+        (
+            {"query_pads": PADS["none"][:, :50]},
+            ValueError,
+            "last must be .*but L is 200 in it and 50 in query_pads",
+        ),
+        ({"until": PLACES}, ValueError, r"until must be of shape \(B, S\)"),
+        ({"until": PLACES.expand(3, -1) > 3}, TypeError, "until must be a tensor of integers"),
+        ({"BLOCK_SIZE": 1.5}, ValueError, "BLOCK_SIZE must be an int of at least 1"),
+    ],
+)
+def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+    given_ = {"first": None, "last": PLACES, "pads": PADS["none"], **change}
+    with pytest.raises(error, match=message):
+        create_block_mask_from_runs(given_.pop("first"), given_.pop("last"), given_.pop("pads"), **given_)
