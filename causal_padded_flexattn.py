@@ -22,7 +22,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import cache, reduce
 from operator import and_
 from typing import Any, NamedTuple
@@ -139,8 +139,8 @@ def create_causal_padding_block_mask(
         window: how many keys back a query sees, its own included.
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
             compare places with the length of the sequence instead of looking `pads` up, which is faster.
-            Elsewhere the promise is not used. A broken promise is a ValueError on the CPU. On other devices,
-            in a graph that is traced and under vmap an assertion fails on the device.
+            Elsewhere the promise is not used. A broken promise is a ValueError on the CPU. On CUDA and in
+            graphs an assertion fails on the device. Under vmap on CUDA torch refuses it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
             Triton's kernels, blocks of 64 train sequences of up to 4096 tokens faster, from torch 2.14 on.
 
@@ -226,18 +226,15 @@ def create_block_mask_from_runs(
     """
     query_pads, blocks = _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE)
     keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device)
-    first, last, until = (None if x is None else _clamp(x) for x in (first, last, until))
+    # To int32, and near enough for the distances that are added. Bytes are widened first, to hold -1.
+    near = lambda x: (x if x.dtype == torch.int64 else x.int()).clamp(-1, _END).int()
+    first, last, until = (None if x is None else near(x) for x in (first, last, until))
     last = keys.new_full((query_pads.shape[1],), _END) if last is None else last
     return _build_block_mask(first, last, until, keys, pads, query_pads, blocks)
 
 
 _END = 2**29  # a place behind the end of every sequence
 _FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
-
-
-def _clamp(places):
-    """int32, and near enough for the distances that are added. Bytes are widened first, to hold -1."""
-    return (places if places.dtype == torch.int64 else places.int()).clamp(-1, _END).int()
 
 
 class _Origin(NamedTuple):
@@ -463,9 +460,7 @@ def attend(
 def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend="auto"):
     """The output, and the log-sum-exp or None. A block_mask of None allows all pairs."""
     if not query.is_cuda:
-        casts = _is_cast_by_autocast(query.device.type)
-        with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
-            return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
+        return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     if backend == "auto":
         is_faster = _is_faster_with_flash(query, key, block_mask)
         usable = is_faster and _can_use_flash(query, key, value, score_mod, return_lse)
@@ -475,12 +470,23 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
 
 def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):
     """For the CPU, where flex_attention has no gradients and needs a C++ compiler, and for other devices."""
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which would round what is wide here
+        with torch.autocast(device, enabled=False):
+            return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     # Not by repeat_interleave, of which torch 2.11 exports no dynamic length.
     head = torch.arange(query.shape[1], device=query.device) // group
     key, value = (x.to(wide).index_select(1, head) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
-    mask = None if block_mask is None else _write_out(block_mask, query.shape[0])  # (B, 1 or Hq, L, S)
+    mask = None
+    if block_mask is not None:
+        _, heads, q_len, kv_len = block_mask.shape
+        mask = create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
+        if _origin_of(block_mask).has_first is None:  # not made here: kernels skip tiles that are not listed
+            q_block, kv_block = block_mask.BLOCK_SIZE
+            tiles = block_mask.to_dense().bool().repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
+            mask = mask & tiles[:, :, :q_len, :kv_len]  # (B, 1 or Hq, L, S)
     if score_mod is not None:
         scores = _modify_scores(scores, mask, score_mod).to(wide)
     if mask is not None:
@@ -494,22 +500,9 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
     return output, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
 
 
-def _write_out(block_mask, batch_size):
-    """(B, 1 or H, L, S): which pairs are allowed."""
-    _, heads, q_len, kv_len = block_mask.shape
-    device = block_mask.kv_num_blocks.device
-    mask = create_mask(block_mask.mask_mod, batch_size, heads, q_len, kv_len, device)
-    if _origin_of(block_mask).has_first is None:  # not made here: kernels skip tiles that are not listed
-        q_block, kv_block = block_mask.BLOCK_SIZE
-        listed = block_mask.to_dense().bool().repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
-        mask = mask & listed[:, :, :q_len, :kv_len]
-    return mask
-
-
 def _modify_scores(scores, mask, score_mod):
-    places = [
-        torch.arange(n, device=scores.device).view([-1] + [1] * (3 - i)) for i, n in enumerate(scores.shape)
-    ]
+    sizes = enumerate(scores.shape)
+    places = [torch.arange(n, device=scores.device).view(-1, *[1] * (3 - i)) for i, n in sizes]
     given = [scores, *places]
     if mask is not None:
         # Where masked, evaluate a pair that is allowed: what is not finite there would have NaN for gradient.
@@ -524,15 +517,11 @@ def _modify_scores(scores, mask, score_mod):
 def _cast_for_autocast(*tensors):
     """Floating point tensors to the dtype of autocast, where it is enabled. Like SDPA it keeps float64."""
     device = getattr(tensors[0], "device", torch.device("cpu")).type
-    if not _is_cast_by_autocast(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     casts = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
     return [x.to(dtype) if casts(x) else x for x in tensors]
-
-
-def _is_cast_by_autocast(device):
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 # ---- 4. The reference -------------------------------------------------------------------------------------
@@ -611,7 +600,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_figure:
             _draw_mask(args.output, args.padding_side)
         wrong = _demonstrate(args)
-    except (OSError, TypeError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         print(f"causal_padded_flexattn.py: error: {error}", file=sys.stderr)
         return 2
     if wrong:
@@ -630,86 +619,68 @@ def _parse(argv):
 
     about = "Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn."
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)  # an error is one line, then
-    add, fail, has_cuda = parser.add_argument, parser.error, torch.cuda.is_available()
-    add(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if has_cuda else "cpu",
-        help="default: %(default)s",
-    )
+    add, fail, device = parser.add_argument, parser.error, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cuda", "cpu"], default=device, help="default: cuda if there is one")
     add("--lengths", type=lambda x: [*map(count, x.split(","))], metavar="N,N,...", help="default: random")
-    add(
-        "--max-seq-len", type=count, metavar="S", help="tokens of a padded row; default: 4096; 512 on the CPU"
-    )
+    add("--max-seq-len", type=count, metavar="S", help="tokens of a row; default: 4096; 512 on the CPU")
     add("--padding-side", choices=["right", "left"], default="right", help="default: right")
     add("--head-dim", type=count, metavar="D", default=64, help="size of a head; default: 64")
     add("--compile", action="store_true", help="compile the textbook on the CPU too, which needs g++")
     add("--output", type=Path, metavar="PATH", help="default: causal_padding_mask.png, or ..._left.png")
     add("--no-figure", action="store_true", help="draw nothing")
     args = parser.parse_args(argv)
-
-    if args.device == "cuda" and not has_cuda:
+    if args.device == "cuda" != device:
         fail("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
-    args.max_seq_len = args.max_seq_len or (4096 if args.device == "cuda" else 512)
+    batch_size, length = (8, 4096) if args.device == "cuda" else (4, 512)
+    length = args.max_seq_len = args.max_seq_len or length
     torch.manual_seed(0)
-    drawn = torch.randint(max(1, args.max_seq_len // 8), args.max_seq_len + 1, (8 if has_cuda else 4,))
-    args.lengths = args.lengths or drawn.tolist()
-    if max(args.lengths) > args.max_seq_len:
-        fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {args.max_seq_len}")
-    args.output = args.output or Path(f"causal_padding_mask{'_left' * (args.padding_side == 'left')}.png")
+    args.lengths = args.lengths or torch.randint(max(1, length // 8), length + 1, (batch_size,)).tolist()
+    if max(args.lengths) > length:
+        fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {length}")
+    side = "_left" if args.padding_side == "left" else ""
+    args.output = args.output or Path(f"causal_padding_mask{side}.png")
     if args.output.suffix != ".png":
         fail(f"--output must be a .png file; got {args.output}")
     return args
 
 
 def _demonstrate(args):
-    """Print the report, draw the figure, and return the names of what is wrong."""
+    """Print the report, and return the names of what is wrong."""
     on_cuda, batch_size, length = args.device == "cuda", len(args.lengths), args.max_seq_len
     pads = _make_pads(args.lengths, length, args.padding_side, args.device)  # (B, S)
-    like = {"device": args.device, "dtype": torch.bfloat16 if on_cuda else torch.float32}
-    shape = (batch_size, 16 if on_cuda else 4, length, args.head_dim)
-    *inputs, grad = (torch.randn(shape, **like) for _ in range(4))
-    _say("device", f"torch {torch.__version__}, {torch.cuda.get_device_name() if on_cuda else 'CPU'}")
+    heads, dtype = (16, torch.bfloat16) if on_cuda else (4, torch.float32)
+    shape = (batch_size, heads, length, args.head_dim)
+    *inputs, grad = torch.randn(4, *shape, device=args.device, dtype=dtype)
+    print(f"device  torch {torch.__version__}, {torch.cuda.get_device_name() if on_cuda else 'CPU'}")
     padding = f"{pads.float().mean():.0%} of them padding on the {args.padding_side}"
-    heads = f"{shape[1]} heads of size {shape[3]}, {like['dtype']}"
-    _say("batch", f"{batch_size} x {length} tokens, {padding}; {heads}")
+    print(f"batch   {batch_size} x {length} tokens, {padding}; {heads} heads of size {shape[3]}, {dtype}")
 
     # The mask of the textbook, and the same in closed form.
     textbook, ours = _textbook_block_mask(pads), create_causal_padding_block_mask(pads)
-    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
-    same = all(torch.equal(getattr(ours, name), getattr(textbook, name)) for name in names)
-    same = same and torch.equal(ours.to_dense(), textbook.to_dense())
-    full, partly = ours.full_kv_num_blocks.sum(), ours.kv_num_blocks.sum()
-    tiles = f"{full} full, {partly} partial, {ours.kv_indices.numel() - full - partly} skipped"
-    _say("mask", f"tiles of 128 x 128 scores: {tiles}; as create_block_mask finds them: {_VERDICT[same]}")
-    wrong = [] if same else ["the tiles of the mask"]
+    full, partly = ours.full_kv_num_blocks, ours.kv_num_blocks
+    same = torch.equal(ours.to_dense(), textbook.to_dense()) and torch.equal(
+        full, textbook.full_kv_num_blocks
+    )
+    skipped = ours.kv_indices.numel() - full.sum() - partly.sum()
+    tiles = f"tiles of 128 x 128 scores: {full.sum()} full, {partly.sum()} partial, {skipped} skipped"
+    print(f"mask    {tiles}; as create_block_mask finds them: {'ok' if same else 'WRONG'}")
 
-    flex = torch.compile(textbook_attention) if args.compile and not on_cuda else textbook_attention
-    results = {  # attend first, since its checks say what does not fit
-        "attend": _differentiate(lambda *x: attend(*x, ours), inputs, grad),
-        "textbook_attention": _differentiate(
-            lambda *x: flex(*x, pads, textbook), inputs, grad if on_cuda else None
-        ),
-    }
-    _say("check", "the largest error, beside that of SDPA with an explicit mask in the same precision")
+    print("check   the largest error, beside that of SDPA with an explicit mask in the same precision")
     baseline, higher = lambda *x: sdpa_reference(*x, pads), torch.float32 if on_cuda else torch.float64
     exact = _differentiate(baseline, [x.to(higher) for x in inputs], grad.to(higher))
     own = _differentiate(baseline, inputs, grad)
-    for name, tensors in results.items():
-        _say("", name)
-        wrong += [f"{result} of {name}" for result in _find_wrong(tensors, exact, own)]
+    flex = torch.compile(textbook_attention) if args.compile and not on_cuda else textbook_attention
+    passes = grad if on_cuda else None  # the CPU has no gradients of flex_attention
+    wrong = [] if same else ["the tiles of the mask"]
+    for name, results in (
+        ("attend", _differentiate(lambda *x: attend(*x, ours), inputs, grad)),
+        ("textbook_attention", _differentiate(lambda *x: flex(*x, pads, textbook), inputs, passes)),
+    ):
+        print(f"        {name}")
+        wrong += [f"{result} of {name}" for result in _find_wrong(results, exact, own)]
     if on_cuda:
         _print_times(inputs, grad, pads)
-    else:
-        _say("speed", "run this on a CUDA GPU to see it: the CPU computes every score, padding or not")
     return wrong
-
-
-_VERDICT = {True: "ok", False: "WRONG"}
-
-
-def _say(label, text):
-    print(f"{label:<8}{text}", flush=True)
 
 
 def _make_pads(lengths, max_seq_len, padding_side, device="cpu"):
@@ -734,9 +705,11 @@ def _find_wrong(results, exact, own):
         # And 16 roundings of float32, in which kernels compute a weight as a power of 2.
         eps = 2 * torch.finfo(result.dtype).eps + 16 * torch.finfo(torch.float32).eps
         allowed = (2 if name == "output" else 3) * own_error + eps * truth.abs().max().item()
-        text = f"{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e})"
-        _say("", f"  {name:<16}{text} {_VERDICT[error <= allowed]}")
-        wrong += [] if error <= allowed else [name]
+        verdict = "ok" if error <= allowed else "WRONG"
+        print(
+            f"          {name:<16}{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e}) {verdict}"
+        )
+        wrong += [] if verdict == "ok" else [name]
     return wrong
 
 
@@ -745,33 +718,27 @@ def _print_times(inputs, grad, pads):
 
     sdpa = F.scaled_dot_product_attention
     ways = {  # how to make the mask, and how to attend with it
-        "textbook_attention": (_textbook_block_mask, lambda *x, mask: textbook_attention(*x, pads, mask)),
-        "attend": (create_causal_padding_block_mask, lambda *x, mask: attend(*x, mask)),
-        "SDPA, explicit mask": (lambda pads: _explicit_mask(pads)[0], lambda *x, mask: sdpa(*x, mask)),
+        "textbook_attention": (_textbook_block_mask, lambda *x: textbook_attention(*x[:3], pads, x[3])),
+        "attend": (create_causal_padding_block_mask, attend),
+        "SDPA, explicit mask": (lambda pads: _explicit_mask(pads)[0], sdpa),
     }
     if not pads[:, 0].any():  # real tokens on the left: causality keeps them from seeing the padding
         name = "SDPA, is_causal=True, with the padding"
-        ways[name] = lambda pads: None, lambda *x, mask: sdpa(*x, is_causal=True)
-    _say("times", f"{'median milliseconds':<40}forward   + backward   + making the mask")
-    for name, (make, attend_with) in ways.items():
-        mask, times = make(pads), []
-        for once, passes in (
-            (lambda _, mask=mask: mask, None),
-            (lambda _, mask=mask: mask, grad),
-            (make, grad),
-        ):
-            way = lambda *x, attend_with=attend_with, once=once: attend_with(*x, mask=once(pads))
-            names = {"run": _differentiate, "way": way, "inputs": inputs, "grad": passes}
-            timer = Timer("run(way, inputs, grad)", globals=names, num_threads=torch.get_num_threads())
+        ways[name] = lambda pads: None, lambda *x: sdpa(*x, is_causal=True)
+    print(f"times   {'median milliseconds':<40}forward   + backward   + making the mask")
+    for name, (make, attention) in ways.items():
+        shared = lambda *x, attention=attention, mask=make(pads): attention(*x, mask)  # noqa: B008
+        alone = lambda *x, attention=attention, make=make: attention(*x, make(pads))
+        times = []
+        for way, passes in ((shared, None), (shared, grad), (alone, grad)):
+            timed = {"run": _differentiate, "way": way, "inputs": inputs, "passes": passes}
+            timer = Timer("run(way, inputs, passes)", globals=timed, num_threads=torch.get_num_threads())
             times.append(timer.blocked_autorange(min_run_time=0.3).median * 1e3)
-        _say("", f"{name:<40}{times[0]:7.2f}   {times[1]:10.2f}   {times[2]:17.2f}")
+        print(f"        {name:<40}{times[0]:7.2f}   {times[1]:10.2f}   {times[2]:17.2f}")
 
 
 def _draw_mask(path, padding_side):
     """With attention-gym, the mask of a sequence of 8 tokens, padded to 12."""
-    import contextlib
-    import io
-
     try:
         import matplotlib
 
@@ -780,12 +747,10 @@ def _draw_mask(path, padding_side):
     except Exception as error:  # not only ImportError: a broken installation can raise anything
         why = f"the figure needs attn_gym and matplotlib ({type(error).__name__}: {error})"
         raise ValueError(f"{why}: pip install attn-gym matplotlib, or pass --no-figure") from error
-    example = f"8 tokens, padded to 12 on the {padding_side}"
+    name = f"causal padding mask: 8 tokens, padded to 12 on the {padding_side}"
     mask_mod = and_masks(causal, create_padding_mask(_make_pads([8], 12, padding_side)))
-    drawn = {"mask_mod": mask_mod, "device": "cpu", "name": f"causal padding mask: {example}", "path": path}
-    with contextlib.redirect_stdout(io.StringIO()):  # only the shape of these inputs is drawn, (B, H, S, E)
-        visualize_attention_scores(torch.ones(1, 1, 12, 8), torch.ones(1, 1, 12, 8), **drawn)
-    _say("figure", f"{path} shows the mask of a small example: {example}")
+    scores = torch.ones(2, 1, 1, 12, 8)  # of query and key, (B, H, S, E), only the shape is drawn
+    visualize_attention_scores(*scores, mask_mod=mask_mod, device="cpu", name=name, path=path)
 
 
 # ---- Nothing below changes a result: a reader can stop here -----------------------------------------------
@@ -825,13 +790,13 @@ def _check_padding_side(pads, side):
     before, after = (pads[:, :-1], pads[:, 1:])[:: 1 if side == "right" else -1]
     holds = (before <= after).all()
     rule = f"padding_side promises that all padding stands on the {side}, and some does not"
-    # Neither assertion has a public name. Compilers keep the first one only, and vmap knows the second only.
-    if torch.compiler.is_compiling():
-        return torch._assert_async(holds, rule)
-    if pads.device.type == "cpu":
+    # Neither assertion has a public name. Compilers drop the first, and vmap does not know the second.
+    if pads.device.type == "cpu" and not torch.compiler.is_compiling():
         with suppress(RuntimeError):  # there is no value to read: under vmap, of a fake tensor, in a trace
             return _require(bool(holds), rule, padding_side=side, pads=pads)
-    torch.ops.aten._functional_assert_async.msg(holds, rule, pads[:0])
+        torch.ops.aten._functional_assert_async.msg(holds, rule, pads[:0])
+    elif pads.device.type in ("cpu", "cuda"):
+        torch._assert_async(holds, rule)
 
 
 def _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE):
@@ -840,8 +805,7 @@ def _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE):
     given = {name: x for name, x in given.items() if x is not None}
     if query_pads is None:
         _check_tensors(pads=pads)
-        runs = (x for x in (first, last) if isinstance(x, Tensor) and x.dim())
-        q_len = next((x.shape[-1] for x in runs), pads.shape[1])
+        q_len = next((x.shape[-1] for x in (first, last) if isinstance(x, Tensor) and x.dim()), pads.shape[1])
         rule = "query_pads must say which queries are padding, where they are not the keys: pads[:, -L:] if "
         rule += "they are the last tokens, torch.zeros(B, L, dtype=torch.bool) if none of them is"
         _require(q_len == pads.shape[1], rule, **given, pads=pads)
@@ -867,12 +831,19 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     _require(is_number, "scale must be a float, such as scale.item()", TypeError, scale=scale)
     if query.is_cuda:
         _check_on_cuda(tensors, block_mask, score_mod)
-    _require(backend in ("auto", "triton", "flash"), _BACKENDS, backend=backend)
+    rule = 'backend must be "auto", "triton" or "flash"'
+    _require(backend in ("auto", "triton", "flash"), rule, backend=backend)
     if backend == "flash":
-        _require(_can_use_flash(query, key, value, score_mod, return_lse), _FLASH_NEEDS, **tensors)
+        rule = (
+            'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 or '
+        )
+        rule += (
+            "bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and neither "
+        )
+        rule += 'score_mod nor return_lse; pass "auto"'
+        _require(_can_use_flash(query, key, value, score_mod, return_lse), rule, **tensors)
         rule = 'backend="flash" adds gradients up in any order: under deterministic algorithms pass "auto"'
         _require(not torch.are_deterministic_algorithms_enabled(), rule)
-
     shape, device = block_mask.shape, block_mask.kv_num_blocks.device
     heads = query.shape[1] if shape[1] > 1 else 1
     fits = shape == (query.shape[0], heads, query.shape[2], key.shape[2]) and device == query.device
@@ -884,14 +855,6 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
             differentiated += [x for x in _captured_by(score_mod) if isinstance(x, Tensor)]
         rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
         _require(not any(x.requires_grad for x in differentiated), rule, block_mask=shape, **tensors)
-
-
-_BACKENDS = 'backend must be "auto", "triton" or "flash"'
-_FLASH_NEEDS = (
-    'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 or '
-    "bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and neither score_mod "
-    'nor return_lse; pass "auto"'
-)
 
 
 def _check_inputs(query, key, value, kv_len, **more):
@@ -908,29 +871,27 @@ def _check_inputs(query, key, value, kv_len, **more):
 def _check_on_cuda(tensors, block_mask, score_mod):
     """What torch itself refuses in words that do not help, or not at all."""
     query, blocks = tensors["query"], block_mask.BLOCK_SIZE
-    rule = "on CUDA, flex_attention has no float64: cast to float32"
-    _require(query.dtype != torch.float64, rule, TypeError, **tensors)
-    rule = "on CUDA, a batch must be of at most 65535 sequences: make calls for parts of it"
-    _require(query.shape[0] < 2**16, rule, **tensors)
-    rule = "on CUDA, BLOCK_SIZE must be a multiple of 16"
-    _require(not any(block % 16 for block in blocks), rule, BLOCK_SIZE=blocks)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    rule = "before torch 2.14 gradients in half precision need a BLOCK_SIZE of multiples of 128"
     shrinks = _TORCH >= (2, 14) or query.element_size() > 2 or not any(block % 128 for block in blocks)
-    _require(shrinks or not trains, rule, BLOCK_SIZE=blocks)
-    if score_mod is not None and not torch.compiler.is_compiling():
-        for place, x in enumerate(_captured_by(score_mod)):
-            same = type(x) is not float or _CAPTURED.setdefault(place, x) == x
-            _require(same, _NO_NUMBERS, captured=x, before=_CAPTURED.get(place))
+    for holds, rule in (
+        (query.dtype != torch.float64, "there is no float64: cast to float32"),
+        (query.shape[0] < 2**16, "a batch must be of at most 65535 sequences: make calls for parts of it"),
+        (not any(block % 16 for block in blocks), "BLOCK_SIZE must be a multiple of 16"),
+        (shrinks or not trains, "gradients in half precision need blocks of 128 before torch 2.14"),
+    ):
+        _require(holds, "on CUDA, " + rule, BLOCK_SIZE=blocks, **tensors)
+    if score_mod is None or torch.compiler.is_compiling():
+        return
+    rule = "score_mod must not capture a number that changes, since torch computes wrongly or fails with it: "
+    rule += "write the number, or capture a tensor of one dimension and look it up, as in weight[h]"
+    for place, x in enumerate(_captured_by(score_mod)):
+        same = type(x) is not float or _CAPTURED.setdefault(place, x) == x
+        _require(same, rule, captured=x, before=_CAPTURED.get(place))
 
 
-# Torch makes a variable of a number at the second value that it meets at one place, whatever functions
-# captured the two. Torch 2.11 then computes wrongly, and later versions fail.
-_CAPTURED: dict[int, float] = {}  # the first value at each place
-_NO_NUMBERS = (
-    "score_mod must not capture a number that changes, since torch computes wrongly or fails with it: write "
-    "the number, or capture a tensor of one dimension and look it up, as in weight[h]"
-)
+# The first number at each place of a closure. Torch makes a variable of a number at the second value that it
+# meets at one place, whatever functions captured the two: 2.11 then computes wrongly, later versions fail.
+_CAPTURED: dict[int, float] = {}
 
 
 def _captured_by(function):
@@ -977,20 +938,17 @@ def _check_tensors(**tensors: Any) -> None:
             is_right = x.dtype == torch.bool if kind is _PADS else x.dtype in _INTEGERS
         if not is_right:
             _require(False, f"{name} must be {kind}", TypeError, **tensors)
-        shape = x.shape
-        if kind is _RUNS and len(shape) == 1:  # one run of each query serves all sequences
+        if kind is _RUNS and x.dim() == 1:  # one run of each query serves all sequences
             letters = letters[1:]
-        if len(letters) != len(shape):
-            _require(False, f"{name} must be of shape ({', '.join(letters)})", **tensors)
-        for letter, size in zip(letters, shape, strict=True):
+        rule = f"{name} must be of shape ({', '.join(letters)})"
+        if len(letters) != x.dim():
+            _require(False, rule, **tensors)
+        for letter, size in zip(letters, x.shape, strict=True):
             known, of = sizes.setdefault(letter, (size, name))
-            if size != known or size == 0:
-                why = (
-                    f"but {letter} is {size} in it and {known} in {of}"
-                    if size
-                    else "and no dimension may be empty"
-                )
-                _require(False, f"{name} must be of shape ({', '.join(letters)}), {why}", **tensors)
+            if size != known:
+                _require(False, f"{rule}, but {letter} is {size} in it and {known} in {of}", **tensors)
+            if size == 0:
+                _require(False, f"{rule}, and no dimension may be empty", **tensors)
         device = x.device if device is None else device
         if x.device != device:
             _require(False, f"{name} must be on the device of {next(iter(tensors))}: move it", **tensors)
@@ -1013,38 +971,27 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
     inputs = key, value, score_mod, block_mask, scale, return_lse, options
     if torch.compiler.is_compiling():
         return _flex_attention(query, *inputs)  # the caller compiles
+    batch, head, token, element = query.stride()
+    is_view = batch >= token > head >= element  # of (B, L, Hq, E), as in models
+    query = query if is_view or not _keeps_bits() else query.contiguous()
     # Autograd hands a compiled function the gradient of its output contiguous, in a copy where it is a view.
     # So a view of tokens goes in as (B, L, Hq, E), and its output comes out so.
-    as_tokens = torch.is_grad_enabled() and _is_view_of_tokens(query)
-    if _keeps_bits() and not as_tokens:
-        query = query.contiguous()
-    output, lse = _run_compiled(query.transpose(1, 2) if as_tokens else query, *inputs, as_tokens)
-    return output.transpose(1, 2) if as_tokens else output, lse
-
-
-def _is_view_of_tokens(x):
-    """Whether x, (B, H, L, E), is a view of (B, L, H, E), as in models."""
-    batch, head, token, element = x.stride()
-    return batch >= token > head >= element
-
-
-def _run_compiled(query, *inputs):
+    as_tokens = is_view and torch.is_grad_enabled()
+    query = query.transpose(1, 2) if as_tokens else query
     try:
         with _LOCK:  # torch breaks where two threads import what it compiles with
             compiled = _compile(_keeps_bits())
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
         with torch.autograd.set_multithreading_enabled(False):
-            return compiled(query, *inputs)
-    except Exception as error:  # in words that help, where torch's do not
-        if type(error).__name__ == "FailOnRecompileLimitHit":  # it has no public name
-            rule = f"{_MOST_KERNELS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, "
-            rule += "score_mods or batch sizes that decode, or call torch.compiler.reset()"
-            raise RuntimeError(rule) from error
-        if "out of resource" in str(error):
-            rule = "the shared memory of this card is too small for heads of this size: use half precision"
-            raise ValueError(f"{rule}; got {query.shape[3]} and {query.dtype}") from error
-        raise
+            output, lse = compiled(query, *inputs, as_tokens)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # it has no public name
+            raise
+        rule = f"{_MOST_KERNELS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, "
+        rule += "score_mods or batch sizes that decode, or call torch.compiler.reset()"
+        raise RuntimeError(rule) from error
+    return output.transpose(1, 2) if as_tokens else output, lse
 
 
 _MOST_KERNELS = 64  # torch's own limit is 8
@@ -1063,8 +1010,9 @@ def _compile(same_bits):
     }
     if _TORCH >= (2, 13):
         options["batch_invariant"] = True  # and whatever the batch size
-    if same_bits:
-        options |= _ONE_ORDER_OF_SUMS  # part 8
+    if same_bits:  # Add up term by term what decoding splits. The order in which Triton reduces depends on
+        # what it knows of the strides, which differs between a batch of one and larger ones.
+        options["unroll_reductions_threshold"] = _MOST_SPLITS + 1
     # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
     how: dict[str, Any] = {"fullgraph": True, "options": options}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -1076,38 +1024,28 @@ def _compile(same_bits):
 
 def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options, as_tokens=False):
     query = query.transpose(1, 2) if as_tokens else query  # (B, Hq, L, E)
-    _make_constant(query.shape[1], key.shape[1])
-    # Otherwise Inductor asks whether the two are equal or the second is 1. Torch's cache of compiled graphs
-    # joins such conditions without brackets, "a and b or c", and gave out a kernel for another block size.
-    # No public report was found; torch 2.15 still does it.
-    _require(query.shape[0] == value.shape[0], "query and value must have one batch size")
-    if options["BACKEND"] == "TRITON_DECODE":
-        _make_constant(query.shape[0])
-    aux = AuxRequest(lse=True) if return_lse else None
-    is_grouped = query.shape[1] != key.shape[1]
-    result = flex_attention(
-        query, key, value, score_mod, block_mask, scale, is_grouped, kernel_options=options, return_aux=aux
-    )
-    output, lse = (result[0], result[1].lse) if return_lse else (result, None)
-    return output.transpose(1, 2) if as_tokens else output, lse
-
-
-def _make_constant(*sizes):
-    """Make these sizes constants of the compiled kernel, which is faster with them.
-
-    A trace can only follow a loop if it knows how often the loop runs, so it takes the size for a constant.
-    """
-    for size in sizes:
+    batch_size, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
+    # A trace can only follow a loop whose length it knows, so these sizes become constants of the kernel. It
+    # is faster with them, and it decodes for one batch size only.
+    for size in (heads, kv_heads, batch_size)[: 3 if options["BACKEND"] == "TRITON_DECODE" else 2]:
         for _ in range(size):
             pass
-
-
-# Which kernel, and how. A kernel goes through a tile of the mask in steps, each of so many queries (BLOCK_M)
-# and keys (BLOCK_N). What was measured on H100 and H200 is used on Hopper; elsewhere torch chooses.
+    # Otherwise Inductor asks whether the two are equal or the second is 1. Torch's cache of compiled graphs
+    # joins such conditions without brackets, "a and b or c", and gave out a kernel for another block size.
+    # No public report was found.
+    _require(batch_size == value.shape[0], "query and value must have one batch size")
+    aux = AuxRequest(lse=return_lse)
+    how = {"enable_gqa": heads != kv_heads, "kernel_options": options, "return_aux": aux}
+    output, aux = flex_attention(query, key, value, score_mod, block_mask, scale, **how)
+    return output.transpose(1, 2) if as_tokens else output, aux.lse
 
 
 def _kernel_options(query, key, value, block_mask, backend="triton"):
-    """The kernel_options of flex_attention."""
+    """The kernel_options of flex_attention: which kernel, and how.
+
+    A kernel goes through a tile of the mask in steps, each of so many queries (BLOCK_M) and keys (BLOCK_N).
+    What was measured on H100 and H200 is used on Hopper; elsewhere torch chooses.
+    """
     if backend == "flash":
         return {"BACKEND": "FLASH"}
     if decoding := _decoding_options(query, key, value, block_mask):
@@ -1127,6 +1065,7 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     # then reads wrongly; while a caller's graph is traced, where they begin cannot be asked.
     between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
     tma = {"fwd_USE_TMA": not (between or torch.compiler.is_compiling())}
+    is_wide = value_size > 256 or size > 512
     wide = 32 if (size + value_size) * query.element_size() <= 2048 else 16
     q_step, kv_step = (math.gcd(block, 128) for block in blocks)
     least = min(q_step, kv_step)
@@ -1139,8 +1078,9 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
         (is_128 and not is_short and has_first is True, {"fwd_BLOCK_N": 128}),
         # Torch's own steps spill registers forward, and are slower backward.
         (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | _steps(64, 64, "bwd")),
-        # Torch's own steps of wide heads do not fit into shared memory.
-        (value_size > 256 or size > 512, _steps(wide, wide) | _steps(wide, wide, "bwd") | _FEW_LOADS),
+        # Torch's own steps of wide heads do not fit into shared memory, and few loads of them do.
+        (is_wide, _steps(wide, wide) | {"fwd_num_stages": 1, "fwd_num_warps": 4}),
+        (is_wide, _steps(wide, wide, "bwd") | {"bwd_num_stages": 1, "bwd_num_warps": 4}),
         # Smaller steps have room for loads that run ahead forward, and need fewer warps backward.
         (is_128 and least == 64, {"fwd_num_stages": 3, "bwd_num_warps": 4, "bwd_num_stages": 2}),
         # Steps must divide the blocks of the mask.
@@ -1148,9 +1088,6 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     ):
         options |= measured if holds else {}
     return options
-
-
-_FEW_LOADS = {"fwd_num_stages": 1, "fwd_num_warps": 4, "bwd_num_stages": 1, "bwd_num_warps": 4}
 
 
 def _steps(queries, keys, passes="fwd"):
@@ -1173,10 +1110,9 @@ def _decoding_options(query, key, value, block_mask):
     (batch_size, heads, q_len, size), kv_heads = query.shape, key.shape[1]
     group, blocks = heads // kv_heads, getattr(block_mask, "BLOCK_SIZE", (128, 128))
     rows = max(group, 16 if q_len * group <= 16 else 64)  # of a step: queries times group
-    divides = not (blocks[0] % rows or blocks[1] % 64)
-    is_whole = q_len <= _MOST_DECODING_QUERIES and group & group - 1 == 0 and divides
-    fits = is_whole and batch_size * kv_heads < 2**16  # the grid of CUDA
-    if not fits or not (block_mask is None or block_mask.shape[1] == 1):
+    is_whole = group & group - 1 == 0 and not (blocks[0] % rows or blocks[1] % 64)
+    fits = q_len <= _MOST_DECODING_QUERIES and batch_size * kv_heads < 2**16  # the grid of CUDA
+    if not (is_whole and fits and (block_mask is None or block_mask.shape[1] == 1)):
         return None
     options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
     if _keeps_bits() or _is_on_hopper(query):
@@ -1186,8 +1122,8 @@ def _decoding_options(query, key, value, block_mask):
     if _is_on_hopper(query):
         width = max(size, value.shape[3]) * query.element_size()  # bytes
         stages = 3 if width <= 256 else 2 if width <= 512 else 1  # loads run ahead as far as they fit
-        options |= {"fwd_num_warps": 4, "fwd_num_stages": stages}
-        options["fwd_BLOCK_N"] = 64 if width <= 2048 else 32
+        keys = 64 if width <= 2048 else 32
+        options |= {"fwd_num_warps": 4, "fwd_num_stages": stages, "fwd_BLOCK_N": keys}
     return options
 
 
@@ -1253,9 +1189,6 @@ def _(first, last, until, keys, pads, query_pads, q_block, kv_block, decodes):
 # in any order.
 
 _SPLIT_AS_FOR = 4  # the batch size that decoding splits the keys for: into how many parts decides the bits
-# And what is split is added up term by term, because the order in which Triton reduces depends on what it
-# knows of the strides, which differs between a batch of one and larger ones.
-_ONE_ORDER_OF_SUMS = {"unroll_reductions_threshold": _MOST_SPLITS + 1}
 
 
 def _keeps_bits():

@@ -1,1 +1,1 @@
-"""causal_padded_flexattn in other libraries: each module imports its library when it is used."""
+"""causal_padded_flexattn in other libraries, and on several GPUs."""

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from causal_padded_flexattn import (
     _attend,
+    _build_block_mask,
     _cast_for_autocast,
-    create_block_mask_from_runs,
     create_causal_padding_block_mask,
 )
 
@@ -43,11 +44,8 @@ def register(padding_side: str | None = None) -> None:
             what happens if the promise is broken.
 
     Raises:
-        ImportError: transformers is not installed, or it is older than version 5.
         ValueError: the padding_side is another word.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     if padding_side not in (None, "right", "left"):
         raise ValueError(f'padding_side must be "right", "left" or None; got {padding_side!r}')
     promised = block_mask if padding_side is None else partial(block_mask, padding_side=padding_side)
@@ -80,8 +78,6 @@ def block_mask(
         A BlockMask of shape (B, 1, L, S). Padded queries of a causal mask see nothing here; in transformers
         they see the keys before them.
     """
-    from transformers import masking_utils
-
     if attention_mask is None:
         pads = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
@@ -118,13 +114,14 @@ def block_mask(
         sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
         theirs: Any = masking_utils.flex_attention_mask  # as it is now: it may be replaced
         return theirs(*sizes, mask_function, attention_mask, device, **kwargs)
-    return create_block_mask_from_runs(first, last, pads, query_pads=query_pads)
+    # Not by create_block_mask_from_runs, whose checks every decoding step would pay for.
+    return _build_block_mask(first, last, None, keys, pads, query_pads, (128, 128))
 
 
 def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     """The first and the last key that each query sees, and whether it sees all real keys between them.
 
-    The first two are (B, L) or (L,). A first of None stands for 0. A plain True stands for all queries.
+    The first two are (B or 1, L). A first of None stands for 0. A plain True stands for all queries.
     """
     batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
     query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
@@ -132,10 +129,9 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     with _LookUp(queries, pads):
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
-    first = run.first if isinstance(run.first, Tensor) else None
-    # (B, L), or (L,) where one run serves all sequences.
-    long = lambda x: x.expand(-1, queries.shape[0]) if x.shape[0] > 1 else x[0].expand(queries.shape[0])
-    return None if first is None else long(first), long(last), run.high == _END
+    near = lambda x: x if x.dtype == torch.int32 else x.clamp(-1, _END).int()
+    as_table = lambda x: near(x).expand(-1, queries.shape[0])
+    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), run.high == _END
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

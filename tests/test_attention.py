@@ -271,9 +271,7 @@ def test_blocks_of_other_sizes(BLOCK_SIZE: int | tuple[int, int], dtype: torch.d
         if can_train:
             check(*training, pads, seen=seen, block_mask=block_mask)
         else:
-            with pytest.raises(
-                ValueError, match=r"before torch 2.14 gradients in half precision need a BLOCK"
-            ):
+            with pytest.raises(ValueError, match="gradients in half precision need blocks of 128 before"):
                 check(*training, pads, seen=seen, block_mask=block_mask)
 
 
@@ -335,16 +333,6 @@ def test_wide_heads(sizes: tuple[int, int], dtype: torch.dtype) -> None:
         with torch.no_grad():  # a single query decodes
             check(inputs, None, pads)
     check(inputs, grad_output, pads)
-
-
-def test_what_does_not_fit_into_shared_memory_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_) -> None:
-        raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: Required: 327680")
-
-    monkeypatch.setattr(cpf, "_compile", lambda *kind: fail)
-    inputs, _ = make_inputs("cpu", sizes=(576, 512))
-    with pytest.raises(ValueError, match=r"shared memory.*use half precision; got 576 and torch.float32"):
-        cpf._run_compiled(*inputs, None, None, None, False, {})
 
 
 def make_documents(pads: Tensor) -> Tensor:
@@ -1310,7 +1298,7 @@ def test_at_the_limit_it_raises_until_reset(monkeypatch: pytest.MonkeyPatch) -> 
     def attend(size: int) -> None:
         inputs = torch.randn(3, 1, 2, 8, size)
         with torch.no_grad():
-            cpf._run_compiled(*inputs, None, None, None, False, {"BACKEND": "TRITON"})
+            cpf._run_kernel(*inputs, None, None, None, False, "triton")
 
     attend(16)
     attend(24)
@@ -1367,7 +1355,7 @@ def train(length):
         pads, mask = torch.arange(length, device="cuda").expand(2, length) >= length - 50, None
     inputs = [torch.randn(2, 2, length, 64, device="cuda", requires_grad=True) for _ in range(3)]
     for _ in range(2):
-        output = attend(*inputs, mask) if mask else causal_padded_attention(*inputs, pads)
+        output = attend(*inputs, mask) if length == 300 else causal_padded_attention(*inputs, pads)
         grads = torch.autograd.grad(output.square().sum(), inputs)
     exact = torch.autograd.grad(sdpa_reference(*inputs, pads).square().sum(), inputs)
     for ours, theirs in zip(grads, exact, strict=True):
