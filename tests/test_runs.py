@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import explicit_mask
+from conftest import DEVICES, assert_as_exact, explicit_mask, with_gradients, written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_block_mask import assert_same_block_mask, rows_of_padding, textbook
@@ -138,7 +138,19 @@ PADS = {
 def recipe(name: str, pads: Tensor) -> tuple[dict, Tensor]:
     """What the function is given, and the mask it must be, less padding: (B or 1, S, S)."""
     query, key, left = PLACES[:, None], PLACES, pads.int().argmin(1, keepdim=True)  # of the first real token
-    is_causal = query >= key
+    is_causal, chunk = query >= key, PLACES // N
+    if name == "causal":
+        return {"first": None, "last": PLACES}, is_causal
+    if name == "window":
+        return {"first": PLACES - N + 1, "last": PLACES}, is_causal & (query - key < N)
+    if name == "packed, by position_ids that restart":
+        return {"first": PLACES - PLACES % N, "last": PLACES}, is_causal & (chunk[:, None] == chunk)
+    if name == "packed, by numbers of documents":  # in any order, and different in each row
+        documents = (PLACES // torch.tensor([[20], [37], [64]])) * 7 % 5
+        begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+        number = begins.cumsum(1)
+        first = torch.where(begins, PLACES, 0).cummax(1).values
+        return {"first": first, "last": PLACES}, is_causal & (number[:, :, None] == number[:, None, :])
     if name == "prefix":  # of N real tokens where all padding is on the right, or on the left
         last = PLACES.clamp(min=left + N - 1)
         return {"first": None, "last": last}, is_causal | (key < left[:, :, None] + N)
@@ -178,16 +190,9 @@ def recipe(name: str, pads: Tensor) -> tuple[dict, Tensor]:
     return {"first": None, "last": PLACES, "until": until}, seen
 
 
-RECIPES = [
-    "prefix",
-    "images",
-    "images that touch",
-    "chunks",
-    "causal chunks",
-    "chunks with left context",
-    "unequal window",
-]
-RECIPES += ["encoder", "local encoder", "encoder of documents", "tree"]
+RECIPES = ["causal", "window", "packed, by position_ids that restart", "packed, by numbers of documents"]
+RECIPES += ["prefix", "images", "images that touch", "chunks", "causal chunks", "chunks with left context"]
+RECIPES += ["unequal window", "encoder", "local encoder", "encoder of documents", "tree"]
 
 
 @pytest.mark.parametrize("padding", PADS)
@@ -201,10 +206,27 @@ def test_recipes(name: str, padding: str, block_size: int) -> None:
         given.pop("first"), given.pop("last"), pads, **given, BLOCK_SIZE=block_size
     )
     assert_as_written_out(ours, expected, block_size, exact=True)
-    query, key, value = torch.randn(3, 3, 2, 200, 16)
-    output = attend(query, key, value, ours)
-    scores = (query @ key.mT / 4).masked_fill(~expected[:, None], -torch.inf)
-    torch.testing.assert_close(output, scores.softmax(-1).nan_to_num() @ value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_values_and_gradients(name: str, device: str) -> None:
+    """Against float64, as exact as plain PyTorch in the same precision."""
+    like = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+    for padding, pads in PADS.items():
+        given, mask = recipe(name, pads)
+        expected = (mask & ~pads[:, :, None] & ~pads[:, None, :]).to(device)
+        given = {name: x if x is None else x.to(device) for name, x in given.items()}
+        ours = create_block_mask_from_runs(given.pop("first"), given.pop("last"), pads.to(device), **given)
+        *inputs, grad = torch.randn(4, 3, 2, 200, 64, **like)
+        results = with_gradients(lambda *x, mask=ours: attend(*x, mask), inputs, grad)
+        wide = [x.double() for x in inputs]
+        plain, exact = (
+            with_gradients(lambda *x, mask=expected: written_out(*x, mask)[0], tensors, grad.to(tensors[0]))
+            for tensors in (inputs, wide)
+        )
+        assert_as_exact(results, plain, exact)
+        assert not results[0].transpose(1, 2)[~expected.any(-1)].any(), padding
 
 
 def test_cross_attention() -> None:
