@@ -5,11 +5,8 @@
     register()
     model.set_attn_implementation("flex_attention")
 
-transformers describes a mask by a function of batch, head, query and key. Here that function is called
-once, with stand-ins for its arguments. They compute no mask, but the run of keys that each query sees:
-comparing the stand-in for the key with that for the query gives a run, `&` the intersection of two runs, and
-`|` their union where that is one run. Tables that the function looks up, such as the numbers of packed
-sequences, are searched. What the stand-ins do not support is left to transformers.
+This is all that most people call. It makes the masks in closed form, where it can, and runs the kernels of
+causal_padded_flexattn. How it finds out what a mask of transformers allows is told before the stand-ins.
 """
 
 from functools import partial
@@ -61,8 +58,8 @@ def block_mask(
     """Build the masks of transformers in closed form.
 
     A mask in which some query sees more than one run of keys, or whose function does something that the
-    stand-ins do not support, is left to the function of transformers that this one replaces. Whether the
-    numbers of packed sequences or of images make runs is read from the device. In a compiled model it is
+    stand-ins below do not support, is left to the function of transformers that this one replaces. Whether
+    the numbers of packed sequences or of images make runs is read from the device. In a compiled model it is
     asserted on the device instead.
 
     Args:
@@ -118,6 +115,28 @@ def block_mask(
     return _build_block_mask(first, last, None, keys, pads, query_pads, (128, 128))
 
 
+# ---- The stand-ins ----------------------------------------------------------------------------------------
+# transformers describes a mask by a function of four numbers, the places of a batch element, a head, a query
+# and a key, that says whether this pair is allowed. The runs of keys are found without asking it for every
+# pair: it is called once, with stand-ins for the four numbers, which compute runs in place of answers. This
+# is known as abstract interpretation.
+#
+# - The stand-in for the query holds the places of all queries, and the one for the key those of all keys.
+#   They can be added to, subtracted from, divided, and used to look numbers up in a table.
+# - A comparison of the two gives a _Run: for each query, the first and the last key for which it holds.
+# - `&` of two runs begins where the later one begins, and ends where the earlier one ends.
+# - `|` of two runs is a run if they overlap, if they touch, or if one of them is empty.
+#
+# For example, a window of two keys, `(kv_idx > q_idx - 2) & (kv_idx <= q_idx)`, for four queries:
+#
+#     q_idx - 2                                      -2       -1       0        1
+#     kv_idx > q_idx - 2      a run from ... on      -1       0        1        2
+#     kv_idx <= q_idx         a run up to ...        0        1        2        3
+#     the two together        a run from ... to      -1 to 0  0 to 1   1 to 2   2 to 3
+#
+# What a stand-in cannot do is a TypeError, and then the mask is left to transformers.
+
+
 def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     """The first and the last key that each query sees, and whether it sees all real keys between them.
 
@@ -131,7 +150,8 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
     near = lambda x: x if x.dtype == torch.int32 else x.clamp(-1, _END).int()
     as_table = lambda x: near(x).expand(-1, queries.shape[0])
-    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), run.high == _END
+    is_known = run.known_to == _END
+    return as_table(run.first) if isinstance(run.first, Tensor) else None, as_table(last), is_known
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -144,7 +164,7 @@ def _is_int(x):
 class _StandIn:
     """Stands for an argument of a mask function, or for what is computed of it. The rest is a TypeError."""
 
-    device = None
+    device = None  # mask functions ask for it, to move tables there
 
     def __eq__(self, other):
         raise TypeError
@@ -154,28 +174,31 @@ class _StandIn:
 
 
 class _Numbers(_StandIn):
-    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + more.
+    """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + shift.
 
-    Numbers of keys that were looked up in a table may fall. `table` is then the places of the queries, and
-    the pads.
+    The shift is a plain number, so that `q_idx - 2 + 1` launches one kernel and not two. Numbers of keys that
+    were looked up in a table may fall. `table` is then the places of the queries, and the pads.
     """
 
-    def __init__(self, side, base, more=0, table=None):
-        self.side, self.base, self.more, self.table = side, base, more, table
+    def __init__(self, side, base, shift=0, table=None):
+        self.side, self.base, self.shift, self.table = side, base, shift, table
         self.is_place = False  # of the keys: whether base is their places
 
     @property
     def values(self):
-        return self.base + self.more if self.more else self.base
+        return self.base + self.shift if self.shift else self.base
 
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
             return _Numbers(self.side, operation(self.values, other.values), 0, self.table)
         if not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
             raise TypeError
-        result = _Numbers(self.side, self.base, operation(self.more, other), self.table)
+        result = _Numbers(self.side, self.base, operation(self.shift, other), self.table)
         result.is_place = self.is_place
         return result
+
+    def __add__(self, other):
+        return self._with(add, other)
 
     def __sub__(self, other):
         is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
@@ -186,57 +209,78 @@ class _Numbers(_StandIn):
             raise TypeError
         return _Numbers(self.side, self.values // size, 0, self.table)
 
-    __add__ = lambda self, other: self._with(add, other)
-    __lt__ = lambda self, other: _compare(self, lt, other)
-    __le__ = lambda self, other: _compare(self, le, other)
-    __gt__ = lambda self, other: _compare(self, gt, other)
-    __ge__ = lambda self, other: _compare(self, ge, other)
-    __eq__ = lambda self, other: _compare(self, eq, other)
-    new_ones = lambda self, *args, **kwargs: _Run()
-    new_zeros = lambda self, *args, **kwargs: _Nothing()
+    def __lt__(self, other):
+        return _compare(self, lt, other)
+
+    def __le__(self, other):
+        return _compare(self, le, other)
+
+    def __gt__(self, other):
+        return _compare(self, gt, other)
+
+    def __ge__(self, other):
+        return _compare(self, ge, other)
+
+    def __eq__(self, other):
+        return _compare(self, eq, other)
+
+    def new_ones(self, *args, **kwargs):  # what an intersection begins with
+        return _Run()
+
+    def new_zeros(self, *args, **kwargs):  # what a union begins with
+        return _Nothing()
 
 
 class _Difference(_StandIn):
+    """q_idx - kv_idx. Only its distance, abs(q_idx - kv_idx), can be compared, with a number."""
+
     def __init__(self, query, key):
         self.query, self.key = query, key
 
-    __abs__ = lambda self: _Distance(self.query, self.key)
+    def __abs__(self):
+        return _Distance(self.query, self.key)
 
 
 class _Distance(_Difference):
-    __le__ = lambda self, most: (self.key >= self.query - most) & (self.key <= self.query + most)
-    __lt__ = lambda self, limit: self <= limit - 1
+    def __le__(self, most):
+        return (self.key >= self.query - most) & (self.key <= self.query + most)
+
+    def __lt__(self, limit):
+        return self <= limit - 1
 
 
 class _Nothing(_StandIn):
-    __or__ = lambda self, run: _as_run(run)  # it is what a union begins with
+    def __or__(self, run):
+        return _as_run(run)
 
 
 class _Run(_StandIn):
-    """The keys from first to last, (B or 1, L or 1), or a number where there is no limit.
+    """For each query the keys from first to last: (B or 1, L or 1), or a plain number for no limit.
 
-    This is known for the keys from low to high only, or for all keys where high is _END.
+    A table whose numbers fall is searched piece by piece, so that the answer may be known for some keys only:
+    those from known_from to known_to. A known_to of _END says that it is known for all keys.
     """
 
-    def __init__(self, first=0, last=_END, low=0, high=_END):
-        self.first, self.last, self.low, self.high = first, last, low, high
+    def __init__(self, first=0, last=_END, known_from=0, known_to=_END):
+        self.first, self.last, self.known_from, self.known_to = first, last, known_from, known_to
 
-    to = lambda self, device: self
+    def to(self, device):
+        return self
 
     def __and__(self, other):
         other = _as_run(other)
-        first, last = (
-            _pick(torch.maximum, self.first, other.first),
-            _pick(torch.minimum, self.last, other.last),
-        )
-        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
-        for x, y in ((self, other), (other, self)):
-            if isinstance(x.high, Tensor):
-                # What x does not know does not matter where y, which must be known, allows nothing.
-                settled = (y.first > y.last) | (x.low <= y.first) & (y.last <= x.high)
-                settled = settled & (y.high == _END)
-                low, high = torch.where(settled, 0, low), torch.where(settled, _END, high)
-        return _Run(first, last, low, high)
+        known_from, known_to = _known_to_both(self, other)
+        for one, limit in ((self, other), (other, self)):
+            if isinstance(one.known_to, Tensor):
+                # What one of them does not know does not matter, if the other, which is known for all keys,
+                # allows none of those keys.
+                is_empty = limit.first > limit.last
+                is_inside = (one.known_from <= limit.first) & (limit.last <= one.known_to)
+                is_settled = (is_empty | is_inside) & (limit.known_to == _END)
+                known_from = torch.where(is_settled, 0, known_from)
+                known_to = torch.where(is_settled, _END, known_to)
+        first = _choose(torch.maximum, self.first, other.first)
+        return _Run(first, _choose(torch.minimum, self.last, other.last), known_from, known_to)
 
     def __or__(self, other):
         other, ends = _as_run(other), []
@@ -245,22 +289,28 @@ class _Run(_StandIn):
                 return run  # all keys
             is_empty = (run.last < run.first) | (run.last < 0)
             ends.append((torch.where(is_empty, _END, run.first), torch.where(is_empty, -1, run.last)))
-        (first, last), (begin, end) = ends
-        # It is one run if the two overlap or touch, or if one of them is empty.
-        is_one = (first <= end + 1) & (begin <= last + 1) | (last < 0) | (end < 0)
-        low, high = _pick(torch.maximum, self.low, other.low), _pick(torch.minimum, self.high, other.high)
-        high = torch.where(is_one, high, -1)
-        return _Run(torch.minimum(first, begin), torch.maximum(last, end), low, high)
+        (first, last), (other_first, other_last) = ends
+        overlap_or_touch = (first <= other_last + 1) & (other_first <= last + 1)
+        is_run = overlap_or_touch | (last < 0) | (other_last < 0)  # or one of them is empty
+        known_from, known_to = _known_to_both(self, other)
+        known_to = torch.where(is_run, known_to, -1)  # what is no run is known nowhere
+        return _Run(torch.minimum(first, other_first), torch.maximum(last, other_last), known_from, known_to)
 
 
-def _pick(choose, x, y):
-    return x if not isinstance(y, Tensor) else y if not isinstance(x, Tensor) else choose(x, y)
+def _known_to_both(x, y):
+    known_from = _choose(torch.maximum, x.known_from, y.known_from)
+    return known_from, _choose(torch.minimum, x.known_to, y.known_to)
+
+
+def _choose(larger_or_smaller, x, y):
+    """Of two limits, of which a plain number is none."""
+    return x if not isinstance(y, Tensor) else y if not isinstance(x, Tensor) else larger_or_smaller(x, y)
 
 
 def _as_run(x):
     if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.bool:  # one answer for all pairs
-        is_known = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = _Run() if is_known and x else None
+        can_be_read = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = _Run() if can_be_read and x else None
     if not isinstance(x, _Run):
         raise TypeError
     return x
@@ -276,22 +326,21 @@ def _compare(x, how, y):
         raise TypeError
     if x.side != "key":  # all keys, or none
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
-    low, high = 0, _END
-    if x.is_place:
+    known_from, known_to = 0, _END
+    if x.is_place:  # each number is one place
         if y.base.dtype != torch.int32:
             y = _Numbers(y.side, y.values.clamp(-_END, _END))
-        far = y.more - x.more
-        at = lambda more: y.base + more if more else y.base
-        first = at(far) if how in (ge, eq) else at(far + 1) if how is gt else 0
-        return _Run(first, at(far) if how in (le, eq) else at(far - 1) if how is lt else _END)
-    if x.table is not None:
-        find = _opaque_find_in_pieces if torch.compiler.is_compiling() else _find_in_pieces
-        begin, end, low, high = find(x.values, y.values, *x.table, how is eq)
+        begin = end = _Numbers(y.side, y.base, y.shift - x.shift)
     else:
-        begin, end = _search(x.values, y.values)
-    first = begin if how in (ge, eq) else end + 1 if how is gt else 0
-    last = end if how in (le, eq) else begin - 1 if how is lt else _END
-    return _Run(first, last, low, high)
+        if x.table is None:
+            begin, end = _search(x.values, y.values)
+        else:
+            find = _find_in_pieces_operator if torch.compiler.is_compiling() else _find_in_pieces
+            begin, end, known_from, known_to = find(x.values, y.values, *x.table, how is eq)
+        begin, end = _Numbers("query", begin), _Numbers("query", end)
+    first = begin.values if how in (ge, eq) else (end + 1).values if how is gt else 0
+    last = end.values if how in (le, eq) else (begin - 1).values if how is lt else _END
+    return _Run(first, last, known_from, known_to)
 
 
 def _search(keys, wanted):
@@ -311,7 +360,8 @@ def _find_in_pieces(
     Where the numbers fall a piece begins. A query looks in the piece that it stands in.
 
     Returns:
-        begin, end, low, high: (B, L). The first two are right for the keys from low to high.
+        begin, end, known_from, known_to: (B, L). The first two are right for the keys from known_from to
+        known_to.
     """
     if pads is not None:  # padding may have any number: it gets that of the real token before it
         places = torch.arange(pads.shape[1], device=pads.device)
@@ -322,25 +372,25 @@ def _find_in_pieces(
     steps = keys.diff()
     pieces = F.pad((steps < 0).cumsum(1), (1, 0))
     piece = pieces.gather(1, own)
-    low, high = _search(pieces, piece)
+    known_from, known_to = _search(pieces, piece)
     if is_equal:
         # Each number that is not negative has one place, if it is larger than all before where it begins.
         again = (steps != 0) & (keys[:, 1:] >= 0) & (keys[:, 1:] <= keys.cummax(1).values[:, :-1])
         once = (wanted >= 0) & (keys.gather(1, own) == wanted) & ~again.any(1, keepdim=True)
-        low, high = torch.where(once, 0, low), torch.where(once, _END, high)
-    high = torch.where((keys == keys.int()).all(), high, -1)  # the piece takes the bits above
+        known_from, known_to = torch.where(once, 0, known_from), torch.where(once, _END, known_to)
+    known_to = torch.where((keys == keys.int()).all(), known_to, -1)  # the piece takes the bits above
     wanted = wanted.clamp(-(2**31) - 1, 2**31)
     begin, end = _search(keys + (pieces << 33), wanted + (piece << 33))
-    return [begin, end, low, high]
+    return [begin, end, known_from, known_to]
 
 
 # This is an operator of its own, because torch 2.11 fails to compile some uses of cummax and searchsorted.
-_opaque_find_in_pieces = torch.library.custom_op(
+_find_in_pieces_operator = torch.library.custom_op(
     f"{__name__.replace('.', '_')}::find_in_pieces", _find_in_pieces, mutates_args=()
 )
 
 
-@_opaque_find_in_pieces.register_fake
+@_find_in_pieces_operator.register_fake
 def _(keys, wanted, queries, pads, is_equal):
     rows = max(keys.shape[0], wanted.shape[0]) if pads is None else pads.shape[0]
     return [keys.new_empty(rows, queries.shape[0], dtype=torch.int32) for _ in range(4)]
