@@ -7,10 +7,12 @@
     block_mask = create_causal_padding_block_mask(pads)  # once for a batch: which tiles of scores to compute
     output = attend(query, key, value, block_mask)  # in every layer
 
-Part 1 is the textbook. Part 2 finds its block mask without evaluating every score. Part 3 is the attention,
-part 4 the reference to compare it with, and part 5 the demonstration: run as a script, this file checks
-itself, times itself on a GPU, and draws the mask. Parts 6 to 8 change no result. To vendor the file, copy all
-of it, or leave out parts 4 and 5 and the last two lines. It needs torch alone.
+A mask_mod says which pairs of a query and a key are allowed. A block mask lists the tiles, blocks of scores,
+that hold such pairs. Part 1 is the textbook: attention as FlexAttention's documentation has it. Part 2 finds
+the block mask without evaluating every score. Part 3 is the attention to use, part 4 a reference. Part 5 is
+the demonstration: run as a script, this file checks itself, times itself on a GPU, and draws the mask. Parts
+6 to 8 check arguments and choose kernels. To vendor the file, copy all of it, or leave out parts 4 and 5 and
+the last two lines. All but the figure needs torch alone.
 
 Shapes are written as in torch.nn.functional.scaled_dot_product_attention: B batch size, Hq query heads, Hkv
 key and value heads, L number of queries, S number of keys (max_seq_len), E head size of query and key, Ev
@@ -53,15 +55,15 @@ def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             position of the key.
 
     Returns:
-        A boolean tensor, True where the score is computed.
+        A boolean tensor, True where the query sees the key.
     """
     return q_idx >= kv_idx
 
 
 def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
-    """Make the mask_mod that computes a score only where neither the query nor the key is padding.
+    """Make the mask_mod that allows a pair only where neither the query nor the key is padding.
 
-    It answers attention-gym's issue 38, https://github.com/meta-pytorch/attention-gym/issues/38.
+    This is what attention-gym's issue 38 asks for, https://github.com/meta-pytorch/attention-gym/issues/38.
 
     Args:
         pads: (B, max_seq_len), torch.bool, True where the token is padding. The mask_mod reads it when
@@ -86,17 +88,18 @@ def textbook_attention(
 ) -> Tensor:
     """Causal attention over a padded batch, as the documentation of FlexAttention has it.
 
-    `attend` computes the same. Its mask takes less time and memory, it accepts fewer queries than keys, and
-    it has gradients on the CPU, where flex_attention runs uncompiled here and has none. After eight
-    recompilations torch runs flex_attention uncompiled on CUDA too, with memory for every score, and only
-    warns. `attend` never does.
+    `attend` computes the same, with less time and memory for the mask. It also accepts fewer queries than
+    keys, and has gradients on the CPU, where flex_attention runs uncompiled here and has none. After eight
+    recompilations torch only warns, and runs flex_attention uncompiled on CUDA too, with memory for every
+    score. `attend` raises an error instead, after 64.
 
     Args:
         query: (B, Hq, S, E).
         key: (B, Hkv, S, E).
         value: (B, Hkv, S, Ev).
         pads: (B, S), torch.bool, True where the token is padding.
-        block_mask: the mask that is made here where it is None, so that layers can share it.
+        block_mask: a mask of these pads, for layers that share it. None makes one. Beside a block_mask,
+            `pads` is not read.
 
     Returns:
         (B, Hq, S, Ev). Rows of padding are zeros.
@@ -105,7 +108,7 @@ def textbook_attention(
         TypeError, ValueError: what `create_padding_mask` or torch raises.
     """
     block_mask = _textbook_block_mask(pads) if block_mask is None else block_mask
-    flex = torch.compile(flex_attention) if query.is_cuda else flex_attention  # the first call compiles
+    flex = torch.compile(flex_attention) if query.is_cuda else flex_attention  # later calls reuse it
     return flex(query, key, value, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -123,47 +126,47 @@ def create_causal_padding_block_mask(
 ) -> BlockMask:  # fmt: skip
     """Build the BlockMask of causal attention over a padded batch in closed form.
 
-    `create_block_mask` evaluates every score to find out which tiles of scores to compute. Here a few numbers
-    of each tile tell, as `create_block_mask_from_runs` explains. Build the mask once for a batch, or once for
-    each kind of layer, and share it between layers. Building it compiles nothing, does not wait for the
-    device, and needs memory for the tokens and the tiles only.
+    `create_block_mask` evaluates every score to find out which tiles to compute. Here the smallest and the
+    largest place in each block tell, as `create_block_mask_from_runs` explains. Build the mask once for a
+    batch, or once for each kind of layer, and share it between layers. Building it compiles nothing, does
+    not wait for the device, and needs memory for the tokens and the tiles only.
 
     Args:
         pads: (B, S), torch.bool, True where the key is padding. In a preallocated cache, what is not written
-            yet is padding too. Attention reads `pads` again, so leave it unchanged until the backward pass is
-            done.
+            yet is padding too: give q_offset there, since by default the queries stand at the end of the
+            cache, count as padding and give zeros. Attention reads `pads` again, so leave it unchanged until
+            the backward pass is done.
         q_len: L, the number of queries. None means as many as fit behind q_offset.
         q_offset: the place of the first query on the axis of the keys. None means S - L: the queries are the
-            last tokens. A 0-d integer tensor is accepted beside q_len; its value is not checked, because that
-            would wait for the device.
-        window: how many keys back a query sees, its own included.
+            last tokens. A 0-d integer tensor is accepted if q_len is given. Its value is not checked here,
+            because that would wait for the device.
+        window: how many places back a query sees, its own included. None means all.
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
             compare places with the length of the sequence instead of looking `pads` up, which is faster.
-            Elsewhere the promise is not used. A broken promise is a ValueError on the CPU. On CUDA and in
-            graphs an assertion fails on the device. Under vmap on CUDA torch refuses it.
+            Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU, and a failed
+            assertion on CUDA and in graphs. Other devices do not notice it. CUDA has no vmap of it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
             Triton's kernels, blocks of 64 train sequences of up to 4096 tokens faster, from torch 2.14 on.
 
     Returns:
-        A BlockMask of shape (B, 1, L, S), which serves any number of heads. For up to 16 queries under
-        `torch.no_grad` it holds one list of tiles, with which decoding is faster, and has no backward pass.
+        A BlockMask of shape (B, 1, L, S), which serves any number of heads. Made under `torch.no_grad` for up
+        to 16 queries, it holds one list of tiles, with which decoding is faster and nothing can be trained.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message says what was expected.
     """
     q_len, q_offset, blocks = _check_mask_options(pads, q_len, q_offset, window, padding_side, BLOCK_SIZE)
-    kv_len = pads.shape[1]
-    keys = torch.arange(kv_len, dtype=torch.int32, device=pads.device)  # (S,), their places
+    keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device)  # (S,), their places
     # Where the queries stand among the keys, (L,), and which of them are padding, (B, L).
     if isinstance(q_offset, Tensor):
         queries = q_offset.reshape(1) if q_len == 1 else keys[:q_len] + q_offset
         query_pads = pads.index_select(1, queries)
     else:
         queries = keys[q_offset : q_offset + q_len]
-        query_pads = pads if q_len == kv_len else pads[:, q_offset : q_offset + q_len]
+        query_pads = pads if q_len == pads.shape[1] else pads[:, q_offset : q_offset + q_len]
     first = None if window is None else queries - (min(window, _END) - 1)
-    computed = padding_side is not None and q_len == kv_len
-    rules = _compute_runs(pads, window, padding_side) if computed else None
+    is_computed = padding_side is not None and q_len == pads.shape[1]  # otherwise runs are looked up
+    rules = _make_rules(pads, window, padding_side) if is_computed else None
     return _build_block_mask(first, queries, None, keys, pads, query_pads, blocks, rules)
 
 
@@ -173,15 +176,15 @@ def create_block_mask_from_runs(
 ) -> BlockMask:  # fmt: skip
     """Build in closed form the BlockMask of queries that each see one run of keys, less the padding.
 
-    A tile is a block of queries against a block of keys. The smallest and the largest numbers in its two
-    blocks tell what it is:
+    A tile is a block of queries against a block of keys, and a pair is one query and one key of it. The
+    smallest and the largest numbers in its two blocks tell what it is:
 
         some pair is allowed:   max(last) >= min(key)  and  max(key) >= min(first)
         every pair is allowed:  min(last) >= max(key)  and  min(key) >= max(first)
 
     A tile in which no pair is allowed is skipped. A tile in which every pair is allowed is full: the kernel
     computes it without asking the mask_mod. The rest are partial. Padding needs no rule of its own: a padded
-    query has an empty run, and a padded key counts as out of reach.
+    query has an empty run, and a padded key counts as out of reach. `until` adds one more comparison.
 
     For example, five tokens padded to eight, causal, in blocks of two (`first` is 0 throughout):
 
@@ -191,12 +194,12 @@ def create_block_mask_from_runs(
                 4 -        partial  partial  partial  skipped    last: 4, none
                 - -        skipped  skipped  skipped  skipped    last: none, none
 
-    With `place = torch.arange(S)`, some masks of tokens that attend to each other are these:
+    Some masks, with `place = torch.arange(S)` for queries and keys alike, as `first, last`:
 
         causal                                None, place
         every token sees every token          None, None
-        a window of unequal sides             place - left, place + right
-        packed sequences                      place - position_ids, place
+        a window of `left` and `right` keys   place - left, place + right
+        packed, position_ids that restart     place - position_ids, place
         a prefix of n tokens, right padding   None, place.clamp(min=n - 1)
         chunks of n, and the chunk before     (place // n - 1) * n, place // n * n + n - 1
 
@@ -207,15 +210,15 @@ def create_block_mask_from_runs(
 
     Args:
         first, last: (L,) or (B, L), integers of any size: the places of the first and of the last key that
-            each query sees. None stands for 0, and for the end. What stands at padded queries does not
-            matter.
+            each query sees. None means 0 for `first`, and the last key for `last`. What stands at padded
+            queries does not matter.
         pads: (B, S), torch.bool, True where the key is padding. Attention reads it again, so leave it
             unchanged until the backward pass is done.
         query_pads: (B, L), torch.bool, True where the query is padding. None means `pads`: queries and keys
             are the same tokens.
-        until: (B, S), integers of any size: the last of the queries that are given, counted from 0, that sees
-            the key. Any number from L - 1 on means that all later queries see it. This describes trees,
-            stored depth first. What stands at padded keys does not matter.
+        until: (B, S), integers of any size: the last query that sees the key, counted from 0 among the
+            queries given. L - 1 or more means no limit. This describes trees, stored depth first. What
+            stands at padded keys does not matter.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block).
 
     Returns:
@@ -226,7 +229,7 @@ def create_block_mask_from_runs(
     """
     query_pads, blocks = _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE)
     keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device)
-    # To int32, and near enough for the distances that are added. Bytes are widened first, to hold -1.
+    # Clamped, so that int32 also holds a place plus or minus _FAR. Widened first, since bytes hold no -1.
     near = lambda x: (x if x.dtype == torch.int64 else x.int()).clamp(-1, _END).int()
     first, last, until = (None if x is None else near(x) for x in (first, last, until))
     last = keys.new_full((query_pads.shape[1],), _END) if last is None else last
@@ -238,7 +241,7 @@ _FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 h
 
 
 class _Origin(NamedTuple):
-    """What a mask_mod made here tells the choice of kernels, also after `.to()`, but not after and_masks."""
+    """What part 7 chooses a kernel by, noted on a mask_mod. It outlives `.to()`, not and_masks."""
 
     has_first: bool | None = None  # whether runs may begin behind the first key; None: it was not made here
     is_computed: bool = False  # whether the mask_mod compares places, instead of looking runs up
@@ -255,9 +258,9 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     find_tiles = _find_tiles_operator if torch.compiler.is_compiling() else _find_tiles  # part 7
     tables, lists = find_tiles(first, last, until, keys, pads, query_pads, *blocks, decodes)
     origin = _Origin(first is not None, rules is not None)
-    # Rules capture tensors, not numbers, which would be compiled in: a new kernel for every decoding step.
+    # Rules capture tensors. A number that they capture would be compiled in: a kernel for each value.
     if rules is None:
-        last_key = tables[0]  # of a padded query, none
+        last_key = tables[0]  # below every key where the query is padding
         rules = [lambda b, h, q_idx, kv_idx: kv_idx <= last_key[b, q_idx]]
         if first is not None:
             first_key = tables[1]
@@ -265,30 +268,27 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
         if until is None:
             rules.append(lambda b, h, q_idx, kv_idx: ~pads[b, kv_idx])
         else:
-            last_query = tables[-1]  # of a padded key, none
+            last_query = tables[-1]  # below every query where the key is padding
             rules.append(lambda b, h, q_idx, kv_idx: q_idx <= last_query[b, kv_idx])
 
     def mask_mod(b, h, q_idx, kv_idx):
-        allowed = rules[0](b, h, q_idx, kv_idx)
-        for rule in rules[1:]:
-            allowed = allowed & rule(b, h, q_idx, kv_idx)
-        return allowed
+        return reduce(and_, [rule(b, h, q_idx, kv_idx) for rule in rules])
 
     mask_mod.origin = origin
     if decodes:
-        tiles = [x[0] for x in lists] + [None] * 6
+        parts = [x[0] for x in lists] + [None] * 6  # no full tiles, and nothing for a backward pass
     else:
         counts, indices, q_counts, q_indices = lists
-        tiles = [counts[0], indices[0], counts[1], indices[1]]  # of each block of queries: partial, full
-        tiles += [q_counts[0], q_indices[0], q_counts[1], q_indices[1]]  # of each block of keys
-    return BlockMask((q_len, pads.shape[1]), *tiles, blocks, mask_mod)
+        parts = [counts[0], indices[0], counts[1], indices[1]]  # of each block of queries: partial, full
+        parts += [q_counts[0], q_indices[0], q_counts[1], q_indices[1]]  # of each block of keys
+    return BlockMask((q_len, pads.shape[1]), *parts, blocks, mask_mod)
 
 
-def _compute_runs(pads, window, padding_side):
-    """Rules that compute the runs, where query i is token i and all padding stands on one side.
+def _make_rules(pads, window, padding_side):
+    """mask_mods that compute the runs, where query i is token i and all padding stands on one side.
 
-    Each compares kv_idx with a number that depends on the query alone, because FlashAttention-4's kernels
-    compute such a number once for a row of scores. `q_idx < end[b]`, as a rule of its own, is slower.
+    Each compares kv_idx with a number that depends on the query alone. FlashAttention-4's kernels, those of
+    backend="flash", compute such a number once for a row. `q_idx < end[b]`, as a rule of its own, is slower.
     """
     if padding_side == "right":
         end = (~pads).sum(1, dtype=torch.int32)  # (B,)
@@ -315,8 +315,8 @@ def _find_tiles(
         (2, B, 1, rows, columns). Then the same of each column, for the backward pass. If it decodes, there is
         no backward pass and every tile counts as partial: (1, B, 1, rows) and (1, B, 1, rows, columns).
     """
-    # Blocks that reach past the end are filled with padding. But kernels that decode read no table further
-    # than the last query, so that the queries can stay as they are.
+    # Blocks that reach past the end are filled with padding. The queries of a decoding step are not, which
+    # would take time: its kernel reads no table past the last query.
     if decodes and pads.is_cuda and query_pads.shape[1] < pads.shape[1]:
         q_block = query_pads.shape[1]
     q_pads, kv_pads = _fill_up(query_pads, q_block, True), _fill_up(pads, kv_block, True)
@@ -324,12 +324,11 @@ def _find_tiles(
     # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
     of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
     of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
-    # Padding is moved away, so far that no comparison below holds for it. A sum keeps the strides of masks
-    # that lie length first in memory; callers' graphs are promised contiguous tables.
+    # Padding is moved so far away that no comparison below holds for it. A sum keeps the strides of pads that
+    # are a transposed view, and the operator of part 7 promises contiguous tables.
     move = lambda x, padding, far: torch.add(x, padding, alpha=far).contiguous()
 
-    # A pair is allowed if in each of these comparisons the one number is at least the other: one of them is
-    # of the query, the other of the key.
+    # A pair is allowed if x >= y in every comparison (x, y): one is of the query, the other of the key.
     last = move(_fill_up(last, q_block), q_pads, -_FAR)
     tables, comparisons = [last], [(of_rows(last), of_columns(move(keys, kv_pads, _FAR)))]
     if first is not None:
@@ -359,18 +358,18 @@ def _fill_up(x, block, value=None):
 
 
 def _find_ends(x):
-    """The smallest and the largest along the last dimension, .min and .max."""
+    """The smallest and the largest along the last dimension, .min and .max. One number is both."""
     return torch.return_types.aminmax((x.squeeze(-1),) * 2) if x.shape[-1] == 1 else x.aminmax(dim=-1)
 
 
 def _list_tiles(tiles):
     """How many tiles of each row are True, (..., rows), and which ones, (..., rows, columns).
 
-    What is left of a row repeats its last tile. Kernels do not read it.
+    Places of a row that are not used repeat its last tile. Kernels do not read them.
     """
     columns = tiles.shape[-1]
-    dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory, where it is much
-    # Of booleans cumsum makes a copy first. On the CPU torch 2.11 has no such view under vmap.
+    dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory of long rows
+    # cumsum copies booleans first, so bytes are better. On the CPU torch 2.11 has no such view under vmap.
     rank = (tiles.view(torch.int8) if tiles.is_cuda else tiles).cumsum(-1, dtype=dtype)
     count = rank.select(-1, -1)
     # The k-th tile of a row is where its rank first reaches k.
@@ -404,7 +403,7 @@ def causal_padded_attention(
     Raises:
         TypeError, ValueError, RuntimeError: as in `attend` and `create_causal_padding_block_mask`.
     """
-    query, key, value = _cast_for_autocast(query, key, value)
+    query, key, value = _cast_for_autocast(query, key, value)  # before their dtypes are compared
     _check_tensors(pads=pads)
     _check_inputs(query, key, value, pads.shape[1], pads=pads)
     block_mask = create_causal_padding_block_mask(pads, query.shape[2], **mask_options)
@@ -423,21 +422,22 @@ def attend(
     as part 8 of this file says.
 
     Args:
-        query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied; nor are those below.
+        query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied, nor of key and value.
         key: (B, Hkv, S, E). Query head i reads key head i // (Hq // Hkv).
         value: (B, Hkv, S, Ev).
         block_mask: what one of the functions above made, or any other BlockMask of shape (B, 1 or Hq, L, S).
         scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E). Every new scale
-            compiles a kernel; one that changes in training belongs into a score_mod, as a tensor.
+            compiles a kernel. For one that changes in training pass 1.0, and multiply in a score_mod.
         score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use.
-            q_idx counts the queries given here. What changes or is learned must be captured as a tensor of
-            one dimension or more, and looked up: `weight[h]`. On CUDA what is not finite at masked pairs
-            makes the gradients of captured tensors NaN: clamp it, as in `log((q_idx - kv_idx).clamp(min=1))`.
-            On other devices the five arguments are tensors that broadcast.
+            q_idx is 0 for the first query given, whatever q_offset is. What changes, differs between layers
+            or is learned must be captured as a tensor of one dimension or more, and looked up: `weight[h]`.
+            On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it,
+            as in `log((q_idx - kv_idx).clamp(min=1))`. On other devices it is called once, with tensors of
+            all pairs that broadcast.
         return_lse: whether to return the log-sum-exp of the scores too.
-        backend: "triton"; "flash" for FlashAttention-4's kernels, which support neither score_mod nor
-            return_lse; or "auto" for "flash" where it can be used and was measured to be faster, which is
-            for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
+        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which support neither
+            score_mod nor return_lse; or "auto" for "flash" where it can be used and was measured to be
+            faster, which is for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         (B, Hq, L, Ev). Rows of queries that see no key, such as padding, are exact zeros, and give exact zero
@@ -458,7 +458,7 @@ def attend(
 
 
 def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend="auto"):
-    """The output, and the log-sum-exp or None. A block_mask of None allows all pairs."""
+    """The output, and the log-sum-exp or None. Integrations may pass a block_mask of None: all pairs."""
     if not query.is_cuda:
         return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     if backend == "auto":
@@ -475,7 +475,7 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
         with torch.autocast(device, enabled=False):
             return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
-    # Not by repeat_interleave, of which torch 2.11 exports no dynamic length.
+    # Torch 2.11 cannot export repeat_interleave beside a dynamic length.
     head = torch.arange(query.shape[1], device=query.device) // group
     key, value = (x.to(wide).index_select(1, head) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
@@ -505,7 +505,7 @@ def _modify_scores(scores, mask, score_mod):
     places = [torch.arange(n, device=scores.device).view(-1, *[1] * (3 - i)) for i, n in sizes]
     given = [scores, *places]
     if mask is not None:
-        # Where masked, evaluate a pair that is allowed: what is not finite there would have NaN for gradient.
+        # At masked pairs some allowed pair is evaluated. What is not finite there would make gradients NaN.
         allowed = mask.expand_as(scores).flatten().int().argmax(0, keepdim=True)
         given = [torch.where(mask, x, x.expand_as(scores).flatten()[allowed]) for x in given]
     modified = score_mod(*given)
@@ -533,7 +533,7 @@ def sdpa_reference(
     query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *, causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same attention by `scaled_dot_product_attention` with the explicit mask, of B L S flags.
+    """The same attention by `scaled_dot_product_attention` with an explicit mask of B * L * S booleans.
 
     Args:
         query: (B, Hq, L, E), the last L tokens of the sequence.
@@ -544,11 +544,13 @@ def sdpa_reference(
         scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E).
 
     Returns:
-        (B, Hq, L, Ev). Padded query rows are exact zeros, and receive and give exact zero gradients.
+        (B, Hq, L, Ev). Padded query rows are exact zeros, and give exact zero gradients.
 
     Raises:
-        TypeError, ValueError: `pads` is not a torch.bool tensor of two dimensions, or it is empty.
+        TypeError, ValueError: `pads` is not a torch.bool tensor of two dimensions, or shapes do not fit.
     """
+    _check_inputs(query, key, value, None, pads=pads)
+    _require(query.shape[2] <= pads.shape[1], "the queries must lie among the keys", query=query, pads=pads)
     mask, empty = _explicit_mask(pads, query.shape[2], causal)
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -565,7 +567,6 @@ _LARGEST_MASK = 2**32
 
 def _explicit_mask(pads, q_len=None, causal=True):
     """What the last q_len tokens see, (B, 1, L, S), and which of them see nothing, (B, 1, L, 1)."""
-    _check_tensors(pads=pads)
     start = 0 if q_len is None else pads.shape[1] - q_len
     mask = ~pads[:, None, start:, None] & ~pads[:, None, None, :]
     mask = mask.tril(start) if causal else mask
@@ -585,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments of the command line. None stands for those of the process.
 
     Returns:
-        The exit status: 0 if every check holds, 1 if one does not, 2 if arguments do not fit.
+        The exit status: 0 if every check holds, 1 if one does not, 2 if an input does not fit.
     """
     import os
     import sys
@@ -658,9 +659,8 @@ def _demonstrate(args):
     # The mask of the textbook, and the same in closed form.
     textbook, ours = _textbook_block_mask(pads), create_causal_padding_block_mask(pads)
     full, partly = ours.full_kv_num_blocks, ours.kv_num_blocks
-    same = torch.equal(ours.to_dense(), textbook.to_dense()) and torch.equal(
-        full, textbook.full_kv_num_blocks
-    )
+    same = torch.equal(ours.to_dense(), textbook.to_dense())
+    same = same and torch.equal(full, textbook.full_kv_num_blocks)
     skipped = ours.kv_indices.numel() - full.sum() - partly.sum()
     tiles = f"tiles of 128 x 128 scores: {full.sum()} full, {partly.sum()} partial, {skipped} skipped"
     print(f"mask    {tiles}; as create_block_mask finds them: {'ok' if same else 'WRONG'}")
@@ -670,11 +670,11 @@ def _demonstrate(args):
     exact = _differentiate(baseline, [x.to(higher) for x in inputs], grad.to(higher))
     own = _differentiate(baseline, inputs, grad)
     flex = torch.compile(textbook_attention) if args.compile and not on_cuda else textbook_attention
-    passes = grad if on_cuda else None  # the CPU has no gradients of flex_attention
+    its_grad = grad if on_cuda else None  # the CPU has no gradients of flex_attention
     wrong = [] if same else ["the tiles of the mask"]
     for name, results in (
         ("attend", _differentiate(lambda *x: attend(*x, ours), inputs, grad)),
-        ("textbook_attention", _differentiate(lambda *x: flex(*x, pads, textbook), inputs, passes)),
+        ("textbook_attention", _differentiate(lambda *x: flex(*x, pads, textbook), inputs, its_grad)),
     ):
         print(f"        {name}")
         wrong += [f"{result} of {name}" for result in _find_wrong(results, exact, own)]
@@ -701,13 +701,13 @@ def _find_wrong(results, exact, own):
     wrong, names = [], ("output", "query gradient", "key gradient", "value gradient")
     for name, result, truth, plain in zip(names, results, exact, own, strict=False):
         error, own_error = ((x - truth).abs().max().item() for x in (result, plain))
-        # As FlashAttention tests: twice the error of plain PyTorch, thrice for gradients, and two roundings.
-        # And 16 roundings of float32, in which kernels compute a weight as a power of 2.
+        # FlashAttention's tests allow twice plain PyTorch's error, thrice for gradients, and two roundings.
+        # Here also 16 roundings of float32, in which kernels compute a weight as a power of 2.
         eps = 2 * torch.finfo(result.dtype).eps + 16 * torch.finfo(torch.float32).eps
         allowed = (2 if name == "output" else 3) * own_error + eps * truth.abs().max().item()
         verdict = "ok" if error <= allowed else "WRONG"
         print(
-            f"          {name:<16}{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e}) {verdict}"
+            f"{' ' * 10}{name:<16}{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e}) {verdict}"
         )
         wrong += [] if verdict == "ok" else [name]
     return wrong
@@ -790,7 +790,7 @@ def _check_padding_side(pads, side):
     before, after = (pads[:, :-1], pads[:, 1:])[:: 1 if side == "right" else -1]
     holds = (before <= after).all()
     rule = f"padding_side promises that all padding stands on the {side}, and some does not"
-    # Neither assertion has a public name. Compilers drop the first, and vmap does not know the second.
+    # No assertion has a public name. Compilers drop _functional_assert_async, and vmap lacks _assert_async.
     if pads.device.type == "cpu" and not torch.compiler.is_compiling():
         with suppress(RuntimeError):  # there is no value to read: under vmap, of a fake tensor, in a trace
             return _require(bool(holds), rule, padding_side=side, pads=pads)
@@ -834,13 +834,9 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     rule = 'backend must be "auto", "triton" or "flash"'
     _require(backend in ("auto", "triton", "flash"), rule, backend=backend)
     if backend == "flash":
-        rule = (
-            'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 or '
-        )
-        rule += (
-            "bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and neither "
-        )
-        rule += 'score_mod nor return_lse; pass "auto"'
+        rule = 'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 '
+        rule += "or bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and "
+        rule += 'neither score_mod nor return_lse; pass "auto"'
         _require(_can_use_flash(query, key, value, score_mod, return_lse), rule, **tensors)
         rule = 'backend="flash" adds gradients up in any order: under deterministic algorithms pass "auto"'
         _require(not torch.are_deterministic_algorithms_enabled(), rule)
@@ -869,21 +865,21 @@ def _check_inputs(query, key, value, kv_len, **more):
 
 
 def _check_on_cuda(tensors, block_mask, score_mod):
-    """What torch itself refuses in words that do not help, or not at all."""
+    """What torch refuses in words that do not help, or accepts and gets wrong."""
     query, blocks = tensors["query"], block_mask.BLOCK_SIZE
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    shrinks = _TORCH >= (2, 14) or query.element_size() > 2 or not any(block % 128 for block in blocks)
+    blocks_train = _TORCH >= (2, 14) or query.element_size() > 2 or not any(block % 128 for block in blocks)
     for holds, rule in (
         (query.dtype != torch.float64, "there is no float64: cast to float32"),
         (query.shape[0] < 2**16, "a batch must be of at most 65535 sequences: make calls for parts of it"),
         (not any(block % 16 for block in blocks), "BLOCK_SIZE must be a multiple of 16"),
-        (shrinks or not trains, "gradients in half precision need blocks of 128 before torch 2.14"),
+        (blocks_train or not trains, "gradients in half precision need blocks of 128 before torch 2.14"),
     ):
         _require(holds, "on CUDA, " + rule, BLOCK_SIZE=blocks, **tensors)
     if score_mod is None or torch.compiler.is_compiling():
         return
-    rule = "score_mod must not capture a number that changes, since torch computes wrongly or fails with it: "
-    rule += "write the number, or capture a tensor of one dimension and look it up, as in weight[h]"
+    rule = "score_mod must not capture a number that changes, in any score_mod: torch is wrong or fails. "
+    rule += "Write the number, or capture a tensor of one dimension and look it up, as in weight[h]"
     for place, x in enumerate(_captured_by(score_mod)):
         same = type(x) is not float or _CAPTURED.setdefault(place, x) == x
         _require(same, rule, captured=x, before=_CAPTURED.get(place))
@@ -1026,13 +1022,13 @@ def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse,
     query = query.transpose(1, 2) if as_tokens else query  # (B, Hq, L, E)
     batch_size, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
     # A trace can only follow a loop whose length it knows, so these sizes become constants of the kernel. It
-    # is faster with them, and it decodes for one batch size only.
+    # is faster so, and the kernel for decoding needs the batch size, too.
     for size in (heads, kv_heads, batch_size)[: 3 if options["BACKEND"] == "TRITON_DECODE" else 2]:
         for _ in range(size):
             pass
-    # Otherwise Inductor asks whether the two are equal or the second is 1. Torch's cache of compiled graphs
-    # joins such conditions without brackets, "a and b or c", and gave out a kernel for another block size.
-    # No public report was found.
+    # Otherwise Inductor guards on these two: "equal, or the second is 1". Torch's cache of compiled graphs
+    # joins guards without brackets, "a and b or c", and gave out a kernel for another block size. No public
+    # report was found.
     _require(batch_size == value.shape[0], "query and value must have one batch size")
     aux = AuxRequest(lse=return_lse)
     how = {"enable_gqa": heads != kv_heads, "kernel_options": options, "return_aux": aux}
@@ -1069,7 +1065,7 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     wide = 32 if (size + value_size) * query.element_size() <= 2048 else 16
     q_step, kv_step = (math.gcd(block, 128) for block in blocks)
     least = min(q_step, kv_step)
-    for holds, measured in (  # where, what; and above it why
+    for holds, measured in (  # where, and with which options; above it why; later rows win
         # Half the time of torch's steps, which are mostly empty.
         (is_128 and is_short, _steps(64, 64) | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
         # Two programs share a multiprocessor: one multiplies while the other exponentiates.
@@ -1116,7 +1112,7 @@ def _decoding_options(query, key, value, block_mask):
         return None
     options = {"BACKEND": "TRITON_DECODE", "IS_DIVISIBLE": False, "BLOCK_M": rows}
     if _keeps_bits() or _is_on_hopper(query):
-        programs = 1024 if rows <= 16 else 256  # work for the whole card
+        programs = 1024 if rows <= 16 else 256  # work for the whole card, as measured
         sequences = _SPLIT_AS_FOR if _keeps_bits() else batch_size
         options["SPLIT_KV"] = min(_MOST_SPLITS, max(1, programs // (sequences * kv_heads)))
     if _is_on_hopper(query):
@@ -1146,13 +1142,13 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
 
 
 def _is_faster_with_flash(query, key, block_mask):
-    # Where the arithmetic outweighs its launch. What the padding leaves of it is known to the device alone.
+    # Where the gain outweighs the cost of launching. How much is padding only the device knows.
     is_other = block_mask is None or block_mask.BLOCK_SIZE != (128, 128)
     if is_other or torch.are_deterministic_algorithms_enabled():
         return False
     keys = key.shape[2]
     if _origin_of(block_mask).is_computed:  # once for a row of scores: it gains in shorter sequences
-        keys = (keys + 2048) // 2
+        keys = (keys + 2048) // 2  # as measured
     return query.numel() * keys >= _FLASH_FROM
 
 

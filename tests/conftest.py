@@ -1,7 +1,7 @@
 """The references that the tests compare with, written without the module."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,6 +30,19 @@ def _below_the_limit() -> Iterator[None]:
     if counters["stats"]["unique_graphs"] > 24:
         torch.compiler.reset()
         counters.clear()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compilations() -> Callable[[], int]:
+    """Counts the compilations from here on, starting with none made."""
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import report
 import sequence_parallel
 import torch
 from conftest import DEVICES, with_gradients
-from test_block_mask import assert_same_block_mask
+from test_mask import assert_same_block_mask
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -1,16 +1,24 @@
-"""The block mask in closed form is the one that create_block_mask finds by evaluating every score."""
+"""The textbook, and the block mask in closed form, which is the one that create_block_mask finds."""
 
-import inspect
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import DEVICES, block_mask_of, explicit_mask
+from conftest import (
+    DEVICES,
+    assert_as_exact,
+    block_mask_of,
+    exact_attention,
+    explicit_mask,
+    with_gradients,
+)
+from helpers import make_inputs, make_pads, masked_sdpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, noop_mask
 
 from causal_padded_flexattn import (
@@ -19,7 +27,68 @@ from causal_padded_flexattn import (
     create_block_mask_from_runs,
     create_causal_padding_block_mask,
     create_padding_mask,
+    textbook_attention,
 )
+
+# # is a padded token of the sequence, 1 in a row below it a score that is computed.
+CASES = {
+    "no padding": ("....", "1... 11.. 111. 1111"),
+    "right": ("..##", "1... 11.. .... ...."),
+    "left": ("##..", ".... .... ..1. ..11"),
+    "both sides": ("#..#", ".... .1.. .11. ...."),
+    "hole": (".#..", "1... .... 1.1. 1.11"),
+    "empty sequence": ("####", ".... .... .... ...."),
+    "length one": (".###", "1... .... .... ...."),
+}
+
+
+def _bits(text: str, one: str) -> torch.Tensor:
+    return torch.tensor([[c == one for c in row] for row in text.split()])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_causal_and_padding(name: str) -> None:
+    pads, expected = CASES[name]
+    mask = create_mask(and_masks(causal, create_padding_mask(_bits(pads, "#"))), 1, 1, 4, 4, "cpu")
+    assert torch.equal(mask[0, 0], _bits(expected, "1"))
+
+
+def test_padding_alone_looks_both_ways() -> None:
+    mask = create_mask(create_padding_mask(_bits(".#..", "#")), 1, 1, 4, 4, "cpu")
+    assert torch.equal(mask[0, 0], _bits("1.11 .... 1.11 1.11", "1"))
+
+
+def test_causal_alone() -> None:
+    mask = create_mask(causal, 1, 1, 3, 5, "cpu")
+    assert torch.equal(mask[0, 0], _bits("1.... 11... 111..", "1"))
+
+
+def test_each_sequence_has_its_own_padding() -> None:
+    pads = torch.cat([_bits(pads, "#") for pads, _ in CASES.values()])
+    mask = create_mask(and_masks(causal, create_padding_mask(pads)), len(CASES), 1, 4, 4, "cpu")
+    assert torch.equal(mask[:, 0], torch.stack([_bits(expected, "1") for _, expected in CASES.values()]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_textbook(device: str) -> None:
+    """Its values and, where flex has them, gradients; a mask that is shared; few compilations."""
+    counters.clear()
+    pads = make_pads("left", 256, device)
+    block_mask = create_block_mask(
+        and_masks(causal, create_padding_mask(pads)), 3, None, 256, 256, device=device
+    )
+    mask = explicit_mask(pads)
+    for shared in (None, block_mask, None):
+        inputs, grad = make_inputs(device, lengths=(256, 256))
+        grad = grad if device == "cuda" else None
+        results = with_gradients(lambda *x, m=shared: textbook_attention(*x, pads, m), inputs, grad)
+        own = with_gradients(lambda *x: masked_sdpa(*x, mask, None), inputs, grad)
+        wide = [x.double() for x in inputs]
+        exact = with_gradients(lambda *x: exact_attention(*x, mask), wide, grad)
+        assert_as_exact(results, own, exact)
+        assert not results[0].transpose(1, 2)[pads].any()
+    assert counters["stats"]["unique_graphs"] <= 2  # with gradients, and uncompiled flex's own
+
 
 LISTS = ["kv", "full_kv", "q", "full_q"]
 
@@ -70,47 +139,6 @@ def rows_of_padding(
 
 
 @st.composite
-def numbers_of(draw, row: list[bool], most: int = 8) -> list[int]:
-    """Numbers that never fall along the real tokens, and any at all where padding is."""
-    begins = sorted(draw(st.lists(st.integers(0, len(row)), max_size=most)))
-    step, noise = draw(st.integers(1, 50)), draw(st.sampled_from([[0], [-100, 100], [7, -(2**40), 3]]))
-    return [
-        noise[i % len(noise)] if pad else step * sum(cut <= i for cut in begins) - 60
-        for i, pad in enumerate(row)
-    ]
-
-
-@st.composite
-def spans_of(draw, row: list[bool]) -> list[int]:
-    """A prefix, images, chunks, or any numbers that do not fall."""
-    kind, size = draw(st.sampled_from(["any", "prefix", "images", "chunks"])), draw(st.integers(1, 150))
-    if kind == "any":
-        return draw(numbers_of(row, 40))
-    if kind == "prefix":
-        return [max(i, size - 1) for i in range(len(row))]
-    if kind == "chunks":
-        return [i // size for i in range(len(row))]
-    return [i // size * size if i // size % 2 else i for i in range(len(row))]
-
-
-@st.composite
-def until_of(draw, length: int) -> list[int]:
-    """At least the own place of each key; often to the end of one of nested branches."""
-    ends = [*sorted(draw(st.lists(st.integers(0, length), max_size=12))), length - 1]
-    kind = draw(st.sampled_from(["branches", "near", "far", "mixed"]))
-    branch = [next(end for end in ends if end >= i) for i in range(length)]
-    far = draw(st.sampled_from([length - 1, length, 2**31, 2**62]))
-    steps = draw(st.lists(st.integers(0, 300), min_size=1, max_size=50))
-    near = [i + steps[i % len(steps)] for i in range(length)]
-    return {
-        "branches": branch,
-        "near": near,
-        "far": [far] * length,
-        "mixed": [(x, y, far)[i // 7 % 3] for i, (x, y) in enumerate(zip(branch, near, strict=True))],
-    }[kind]
-
-
-@st.composite
 def problems(draw):
     """pads, and what else the block mask is made of."""
     batch_size, kv_len = draw(st.integers(1, 4)), draw(st.integers(1, 700))
@@ -119,28 +147,11 @@ def problems(draw):
     pads = torch.tensor(rows)
     if draw(st.booleans()):  # a view of wider rows
         pads = torch.nn.functional.pad(pads, (1, 2), value=True)[:, 1:-2]
-    causal = draw(st.sampled_from([True, True, False]))
-    if not causal and draw(st.integers(0, 3)) == 0:
-        q_len = draw(st.integers(1, 500))
-        query_pads = torch.tensor([draw(rows_of_padding(q_len)) for _ in range(batch_size)])
-        return pads, {"causal": False, "query_pads": query_pads}
     q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
-    problem = {"q_len": q_len, "q_offset": draw(st.integers(0, kv_len - q_len)), "causal": causal}
     window = st.one_of(st.integers(1, 5), st.integers(1, kv_len + 200), st.just(2**40))
+    problem = {"q_len": q_len, "q_offset": draw(st.integers(0, kv_len - q_len))}
     problem["window"] = draw(st.one_of(st.none(), window))
-    if draw(st.booleans()):
-        problem["documents"] = torch.tensor([draw(numbers_of(row)) for row in rows])
-    if causal and draw(st.booleans()):
-        problem["spans"] = torch.tensor([draw(spans_of(row)) for row in rows])
-    if causal and draw(st.booleans()):
-        problem["until"] = torch.tensor([draw(until_of(kv_len)) for _ in rows])
-    promises = side and causal and not problem.keys() & {"spans", "until"}
-    return pads, problem | ({"padding_side": side} if promises else {})
-
-
-def may_list_more(seen: dict) -> bool:
-    """Beside a window, and where it reaches past its document, `until` may list a tile without a pair."""
-    return "until" in seen and (seen["window"] is not None or "documents" in seen)
+    return pads, problem | ({"padding_side": side} if side else {})
 
 
 def assert_right(ours: BlockMask, pads: Tensor, seen: dict, block_size) -> None:
@@ -151,12 +162,6 @@ def assert_right(ours: BlockMask, pads: Tensor, seen: dict, block_size) -> None:
         assert ours.q_num_blocks is ours.full_q_num_blocks is None
         assert ours.kv_num_blocks.shape == theirs.kv_num_blocks.shape
         assert ours.kv_num_blocks.is_contiguous() and ours.kv_indices.is_contiguous()
-    if may_list_more(seen):
-        assert (ours.to_dense() >= theirs.to_dense()).all()
-        if ours.full_kv_num_blocks is not None:
-            for name in ("full_kv_num_blocks", "full_q_num_blocks"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    elif ours.full_kv_num_blocks is None:
         assert torch.equal(ours.to_dense(), theirs.to_dense())
     else:
         assert_same_block_mask(ours, theirs)
@@ -164,14 +169,9 @@ def assert_right(ours: BlockMask, pads: Tensor, seen: dict, block_size) -> None:
     assert torch.equal(mask[:, 0], expected)
 
 
-def place(problem, device: str, as_tensor: bool) -> tuple[Tensor, dict, dict]:
-    """pads, what a query sees, and that as the function is given it."""
-    pads, seen = problem
-    pads, seen = pads.to(device), {k: x.to(device) if isinstance(x, Tensor) else x for k, x in seen.items()}
-    given_ = dict(seen)
-    if as_tensor and "q_offset" in seen:
-        given_["q_offset"] = torch.tensor(seen["q_offset"], device=device)
-    return pads, seen, given_
+def given_of(seen: dict, device: str, as_tensor: bool) -> dict:
+    """What a query sees, as the function is given it."""
+    return seen | ({"q_offset": torch.tensor(seen["q_offset"], device=device)} if as_tensor else {})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -182,8 +182,10 @@ def place(problem, device: str, as_tensor: bool) -> tuple[Tensor, dict, dict]:
     block_size=st.sampled_from([64, 128, (64, 128), (256, 128), (128, 32)]),
 )
 def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_size) -> None:
-    pads, seen, given_ = place(problem, device, as_tensor)
-    assert_right(block_mask_of(pads, BLOCK_SIZE=block_size, **given_), pads, seen, block_size)
+    pads, seen = problem[0].to(device), problem[1]
+    options = given_of(seen, device, as_tensor)
+    ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=block_size, **options)
+    assert_right(ours, pads, seen, block_size)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -192,16 +194,12 @@ def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_
 def test_few_queries_without_gradients_have_one_list(
     device: str, problem, q_len: int, as_tensor: bool, block: int
 ) -> None:
-    pads, seen = problem
-    if "query_pads" in seen:
-        seen["query_pads"] = seen["query_pads"][:, :q_len]
-        q_len = seen["query_pads"].shape[1]
-    else:
-        q_len = min(q_len, pads.shape[1])
-        seen |= {"q_len": q_len, "q_offset": min(seen["q_offset"], pads.shape[1] - q_len)}
-    pads, seen, given_ = place((pads, seen), device, as_tensor)
+    pads, seen = problem[0].to(device), problem[1]
+    q_len = min(q_len, pads.shape[1])
+    seen |= {"q_len": q_len, "q_offset": min(seen["q_offset"], pads.shape[1] - q_len)}
+    options = given_of(seen, device, as_tensor)
     with torch.no_grad():
-        ours = block_mask_of(pads, BLOCK_SIZE=(16, block), **given_)
+        ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=(16, block), **options)
     assert (ours.full_kv_num_blocks is None) == (q_len <= 16)
     assert_right(ours, pads, seen, (16, block))
 
@@ -288,18 +286,6 @@ def test_pads_in_any_layout(device: str, q_len: int) -> None:
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-@pytest.mark.parametrize("name", ["first", "last", "until"])
-def test_integers_of_any_type(device: str, dtype: torch.dtype, name: str) -> None:
-    numbers = torch.arange(120, device=device).expand(2, -1) // 40 * 40 + 39  # until: the end of its forty
-    pads = torch.rand(2, 120, device=device) < 0.2
-    given = {"first": None, "last": None, "until": None, "BLOCK_SIZE": 16}
-    plain = create_block_mask_from_runs(pads=pads, **{**given, name: numbers})
-    small = create_block_mask_from_runs(pads=pads, **{**given, name: numbers.to(dtype)})
-    assert_same_block_mask(small, plain)
-
-
 def test_without_padding_it_is_the_causal_mask() -> None:
     ours = block_mask_of(torch.zeros(1, 1000, dtype=torch.bool))
     assert_same_block_mask(ours, create_block_mask(causal, 1, None, 1000, 1000, device="cpu"))
@@ -321,40 +307,6 @@ def test_rows_past_the_queries_may_be_asked_for() -> None:
     pads = torch.zeros(1, 300, dtype=torch.bool)
     mask = create_mask(block_mask_of(pads, 10).mask_mod, 1, 1, 128, 300, "cpu")
     assert torch.equal(mask[:, 0, :10], explicit_mask(pads, 10))
-
-
-ONE_GROUP = torch.zeros(1, 300, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("more", "looks_up"),
-    [
-        ({}, ["last_key", "pads"]),
-        ({"window": 5}, ["last_key", "first_key", "pads"]),
-        ({"documents": ONE_GROUP}, ["last_key", "first_key", "pads"]),
-        ({"spans": ONE_GROUP}, ["last_key", "pads"]),
-        ({"until": ONE_GROUP + 300}, ["last_key", "last_query"]),
-        ({"padding_side": "right"}, ["end"]),
-        ({"padding_side": "left"}, ["begin"]),
-        ({"padding_side": "right", "window": 5}, ["end", "reach"]),
-    ],
-    ids=lambda x: " ".join(x),
-)
-def test_what_the_mask_mod_looks_up(more: dict, looks_up: list[str]) -> None:
-    """No int, which would be compiled in, for every decoding step again; and no more than the case needs."""
-
-    def captured_by(function) -> dict:
-        found = {}
-        for name, x in inspect.getclosurevars(function).nonlocals.items():
-            for y in x if isinstance(x, list) else [x]:
-                found |= captured_by(y) if callable(y) and not isinstance(y, Tensor) else {name: y}
-        return found
-
-    pads = torch.zeros(1, 300, dtype=torch.bool)
-    found = captured_by(block_mask_of(pads, **more).mask_mod)
-    dims = 1 if "padding_side" in more else 2
-    assert all(isinstance(x, Tensor) and x.dim() == dims for x in found.values())
-    assert found.keys() == {*looks_up}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -453,76 +405,3 @@ def test_memory(batch_size: int, kv_len: int, mib: int, more: dict) -> None:
     torch.cuda.reset_peak_memory_stats()
     make()
     assert torch.cuda.max_memory_allocated() - before <= mib * 2**20
-
-
-PADS = torch.zeros(2, 100, dtype=torch.bool)
-PLACES = torch.arange(100).expand(2, -1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"pads": PADS.int()}, TypeError, r"pads must be a torch.bool tensor.*attention_mask == 0"),
-        ({"pads": None}, TypeError, "pads must be a torch.bool tensor.*got pads None"),
-        (
-            {"pads": [5, 3]},
-            TypeError,
-            r"torch.arange\(S\) >= lengths\[:, None\] for lengths.*; got pads \[5, 3\]",
-        ),
-        (
-            {"pads": torch.tensor([5, 3])},
-            TypeError,
-            r">= lengths\[:, None\] for lengths.*; got pads \(2,\) torch.int64",
-        ),
-        ({"pads": PADS.float()}, TypeError, "additive_mask < 0 for one that is added to scores.*float32"),
-        ({"pads": PADS[0]}, ValueError, r"pads must be of shape \(B, S\).*got pads \(100,\) "),
-        ({"pads": PADS[:, :0]}, ValueError, r"pads must be.*no dimension may be empty.*\(2, 0\) "),
-        ({"q_len": 0}, ValueError, "among the keys.*q_len 0"),
-        ({"q_len": -1}, ValueError, "among the keys.*q_len -1"),
-        ({"q_len": 101}, ValueError, "among the keys.*q_len 101"),
-        ({"q_offset": -1}, ValueError, "among the keys.*q_offset -1"),
-        ({"q_offset": 100}, ValueError, "among the keys.*q_offset 100"),
-        ({"q_len": 10, "q_offset": 91}, ValueError, "among the keys.*q_len 10, q_offset 91"),
-        ({"q_offset": torch.tensor(5)}, ValueError, "q_len must be given beside a tensor q_offset"),
-        *(
-            (
-                {"q_len": 10, "q_offset": offset},
-                TypeError,
-                f"q_offset must be an int, or a 0-d tensor.*{shown}",
-            )
-            for offset, shown in (
-                (torch.zeros(2, dtype=int), r"\(2,\)"),
-                (torch.tensor(1.0), "float32"),
-                (torch.tensor(1, dtype=torch.int8), "int8"),
-                (torch.tensor(1, device="meta"), "meta"),
-            )
-        ),
-        ({"q_offset": 4.0}, TypeError, "q_offset must be an int or a 0-d integer tensor.*4.0"),
-        ({"q_len": 4.0}, TypeError, "q_len must be an int; got q_len 4.0"),
-        ({"causal": False}, TypeError, "unexpected keyword argument 'causal'"),
-        (
-            {"BLOCK_SIZE": 0},
-            ValueError,
-            "BLOCK_SIZE must be an int of at least 1, .*; got BLOCK_SIZE 0",
-        ),
-        ({"BLOCK_SIZE": (128, -1)}, ValueError, r"BLOCK_SIZE must be.*got BLOCK_SIZE \(128, -1\)"),
-        ({"BLOCK_SIZE": [128, 128]}, ValueError, "BLOCK_SIZE must be.*a tuple of two"),
-        ({"window": 0}, ValueError, "window must be at least 1.*got window 0"),
-        ({"window": -3}, ValueError, "window must be at least 1.*got window -3"),
-        ({"window": 2.0}, TypeError, "window must be an int.*got window 2.0"),
-        ({"window": True}, TypeError, "window must be an int.*got window True"),
-        ({"documents": PADS.int()}, TypeError, "unexpected keyword argument 'documents'"),
-        ({"padding_side": "both"}, ValueError, 'padding_side must be "right", "left" or None; got .*both'),
-        *(
-            (
-                {"padding_side": side, "pads": pads},
-                ValueError,
-                f"all padding stands on the {side}, and some does not",
-            )
-            for side, pads in (("right", PLACES < 3), ("left", PLACES > 3), ("left", PLACES == 3))
-        ),
-    ],
-)
-def test_bad_input(arguments: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        create_causal_padding_block_mask(**{"pads": PADS, **arguments})
