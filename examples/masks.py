@@ -20,7 +20,7 @@ LENGTH, N = 200, 48  # of a sequence, and of what a kind of mask is about: a win
 
 def kinds(pads: torch.Tensor, length: int = LENGTH, n: int = N) -> dict:
     """For each kind first, last and until, and its mask_mod."""
-    place = torch.arange(length)
+    place, more = torch.arange(length), n // 4
     chunk, begin = place // n, pads.int().argmin(1, keepdim=True)  # (S,); (B, 1), the first real token
     # Packed rows: several sequences in one, as position_ids or numbers of documents tell.
     position_ids = place % (n + n // 4)
@@ -38,12 +38,7 @@ def kinds(pads: torch.Tensor, length: int = LENGTH, n: int = N) -> dict:
     return {
         "causal": (None, place, None, causal),
         "window": (place - n + 1, place, None, lambda b, h, q, k: (q >= k) & (q - k < n)),
-        "unequal window": (
-            place - n,
-            place + n // 4,
-            None,
-            lambda b, h, q, k: (q - k <= n) & (k - q <= n // 4),
-        ),
+        "uneven window": (place - n, place + more, None, lambda b, h, q, k: (q - k <= n) & (k - q <= more)),
         "packed, position_ids": (
             *(place - position_ids, place, None),
             lambda b, h, q, k: (q >= k) & (q - k <= position_ids[q]),
