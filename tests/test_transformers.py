@@ -67,11 +67,6 @@ def only_listed(handed_over: list[dict], monkeypatch: pytest.MonkeyPatch) -> lis
     return handed_over
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def make_model(kind: str, device: str, way: str, window: int = 24) -> torch.nn.Module:
     torch.manual_seed(1)
     text = {**SIZES, **LAYERS, "query_pre_attn_scalar": 16, "sliding_window": window}
