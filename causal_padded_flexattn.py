@@ -19,14 +19,15 @@ key and value heads, L number of queries, S number of keys (max_seq_len), E head
 head size of value. In `pads`, (B, S), True marks padding.
 """
 
-import importlib.util
 import inspect
 import math
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache, reduce
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial, reduce
+from importlib.util import find_spec
 from operator import and_
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ def create_causal_padding_block_mask(
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
             compare places with the length of the sequence instead of looking `pads` up, which is faster.
             Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU, and a failed
-            assertion on CUDA and in graphs. Other devices do not notice it. CUDA has no vmap of it.
+            assertion on CUDA and in graphs, where it has no vmap. Other devices do not notice it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
             Triton's kernels, blocks of 64 train sequences of up to 4096 tokens faster, from torch 2.14 on.
 
@@ -253,10 +254,11 @@ def _origin_of(block_mask):
 
 def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=None):
     """The lists of tiles and a mask_mod: the conjunction of rules, or else of look-ups in the runs."""
-    q_len = query_pads.shape[1]
-    decodes = not torch.is_grad_enabled() and q_len <= min(_MOST_DECODING_QUERIES, blocks[0])  # part 7
-    find_tiles = _find_tiles_operator if torch.compiler.is_compiling() else _find_tiles  # part 7
-    tables, lists = find_tiles(first, last, until, keys, pads, query_pads, *blocks, decodes)
+    q_len, (q_block, kv_block) = query_pads.shape[1], blocks
+    decodes = not torch.is_grad_enabled() and q_len <= min(_MOST_DECODING_QUERIES, q_block)  # part 7
+    # Graphs ask whether a size is 1. With two blocks at least, one graph serves all lengths (part 7).
+    find_tiles, least = (_find_tiles_operator, 2) if torch.compiler.is_compiling() else (_find_tiles, 1)
+    tables, lists = find_tiles(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes)
     origin = _Origin(first is not None, rules is not None)
     # Rules capture tensors. A number that they capture would be compiled in: a kernel for each value.
     if rules is None:
@@ -274,14 +276,14 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     def mask_mod(b, h, q_idx, kv_idx):
         return reduce(and_, [rule(b, h, q_idx, kv_idx) for rule in rules])
 
-    mask_mod.origin = origin
+    mask_mod.origin = origin  # type: ignore[attr-defined]
     if decodes:
         parts = [x[0] for x in lists] + [None] * 6  # no full tiles, and nothing for a backward pass
     else:
         counts, indices, q_counts, q_indices = lists
         parts = [counts[0], indices[0], counts[1], indices[1]]  # of each block of queries: partial, full
         parts += [q_counts[0], q_indices[0], q_counts[1], q_indices[1]]  # of each block of keys
-    return BlockMask((q_len, pads.shape[1]), *parts, blocks, mask_mod)
+    return BlockMask((q_len, pads.shape[1]), *parts, blocks, mask_mod)  # type: ignore
 
 
 def _make_rules(pads, window, padding_side):
@@ -304,7 +306,7 @@ def _make_rules(pads, window, padding_side):
 
 def _find_tiles(
     first: Tensor | None, last: Tensor, until: Tensor | None, keys: Tensor, pads: Tensor,
-    query_pads: Tensor, q_block: int, kv_block: int, decodes: bool,
+    query_pads: Tensor, q_block: int, kv_block: int, least: int, decodes: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The tables that the mask_mod looks up, and the lists of tiles.
 
@@ -319,24 +321,25 @@ def _find_tiles(
     # would take time: its kernel reads no table past the last query.
     if decodes and pads.is_cuda and query_pads.shape[1] < pads.shape[1]:
         q_block = query_pads.shape[1]
-    q_pads, kv_pads = _fill_up(query_pads, q_block, True), _fill_up(pads, kv_block, True)
-    keys = _fill_up(keys, kv_block)
+    fill_queries = partial(_fill_up, block=q_block, least=1 if decodes else least)
+    fill_keys = partial(_fill_up, block=kv_block, least=least)
+    q_pads, kv_pads, keys = fill_queries(query_pads, value=True), fill_keys(pads, value=True), fill_keys(keys)
     # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
-    of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
-    of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
+    of_rows = lambda x: x.view(x.shape[0], 1, -1, 1, q_block).aminmax(dim=-1)
+    of_columns = lambda x: x.view(x.shape[0], 1, 1, -1, kv_block).aminmax(dim=-1)
     # Padding is moved so far away that no comparison below holds for it. A sum keeps the strides of pads that
     # are a transposed view, and the operator of part 7 promises contiguous tables.
     move = lambda x, padding, far: torch.add(x, padding, alpha=far).contiguous()
 
     # A pair is allowed if x >= y in every comparison (x, y): one is of the query, the other of the key.
-    last = move(_fill_up(last, q_block), q_pads, -_FAR)
+    last = move(fill_queries(last), q_pads, -_FAR)
     tables, comparisons = [last], [(of_rows(last), of_columns(move(keys, kv_pads, _FAR)))]
     if first is not None:
-        first = move(_fill_up(first, q_block), q_pads, _FAR)
+        first = move(fill_queries(first), q_pads, _FAR)
         tables.append(first)
         comparisons.append((of_columns(move(keys, kv_pads, -_FAR)), of_rows(first)))
     if until is not None:
-        until = move(_fill_up(until, kv_block), kv_pads, -_FAR)
+        until = move(fill_keys(until), kv_pads, -_FAR)
         tables.append(until)
         queries = torch.arange(q_pads.shape[1], dtype=torch.int32, device=pads.device)
         comparisons.append((of_columns(until), of_rows(move(queries, q_pads, _FAR))))
@@ -352,14 +355,9 @@ def _find_tiles(
     return tables, [*by_query, *_list_tiles(tiles)]
 
 
-def _fill_up(x, block, value=None):
-    missing = -x.shape[-1] % block  # up to whole blocks
+def _fill_up(x, block, least, value=None):
+    missing = max(-x.shape[-1] % block, least * block - x.shape[-1])  # up to whole blocks, so many at least
     return F.pad(x, (0, missing), value=value) if missing else x
-
-
-def _find_ends(x):
-    """The smallest and the largest along the last dimension, .min and .max. One number is both."""
-    return torch.return_types.aminmax((x.squeeze(-1),) * 2) if x.shape[-1] == 1 else x.aminmax(dim=-1)
 
 
 def _list_tiles(tiles):
@@ -428,12 +426,13 @@ def attend(
         block_mask: what one of the functions above made, or any other BlockMask of shape (B, 1 or Hq, L, S).
         scale: the factor of the scores before the softmax. None stands for 1 / sqrt(E). Every new scale
             compiles a kernel. For one that changes in training pass 1.0, and multiply in a score_mod.
-        score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use.
-            q_idx is 0 for the first query given, whatever q_offset is. What changes, differs between layers
-            or is learned must be captured as a tensor of one dimension or more, and looked up: `weight[h]`.
+        score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use, a
+            floating point number that it computes from `score`. q_idx is 0 for the first query given,
+            whatever q_offset is. What changes, differs between layers or is learned must be captured as a
+            tensor of one dimension or more, and looked up: `weight[h]`. A number is compiled into a kernel.
             On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it,
             as in `log((q_idx - kv_idx).clamp(min=1))`. On other devices it is called once, with tensors of
-            all pairs that broadcast.
+            all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
         backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which support neither
             score_mod nor return_lse; or "auto" for "flash" where it can be used and was measured to be
@@ -448,7 +447,7 @@ def attend(
 
     Raises:
         TypeError, ValueError: inputs do not fit together. The message says what was expected.
-        RuntimeError: more than 64 kinds of input were compiled.
+        RuntimeError: more than 64 kinds of input were compiled, or score_mod cannot be compiled.
     """
     query, key, value = _cast_for_autocast(query, key, value)
     _check_attention(query, key, value, block_mask, scale, score_mod, return_lse, backend)
@@ -463,8 +462,8 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
         return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     if backend == "auto":
         is_faster = _is_faster_with_flash(query, key, block_mask)
-        usable = is_faster and _can_use_flash(query, key, value, score_mod, return_lse)
-        backend = "flash" if usable else "triton"
+        flash = is_faster and _can_use_flash(query, key, value, score_mod, return_lse)
+        backend = "flash" if flash else "triton"
     return _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, backend)  # part 7
 
 
@@ -479,38 +478,38 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
     head = torch.arange(query.shape[1], device=query.device) // group
     key, value = (x.to(wide).index_select(1, head) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
+    sizes = enumerate(scores.shape)
+    places = [torch.arange(n, device=query.device).view(-1, *[1] * (3 - i)) for i, n in sizes]  # broadcast
     mask = None
-    if block_mask is not None:
+    if _origin_of(block_mask).has_first is not None:
+        mask = block_mask.mask_mod(*places)  # (B or 1, 1, L, S)
+    elif block_mask is not None:  # it was not made here: kernels skip tiles that are not listed
         _, heads, q_len, kv_len = block_mask.shape
         mask = create_mask(block_mask.mask_mod, query.shape[0], heads, q_len, kv_len, query.device)
-        if _origin_of(block_mask).has_first is None:  # not made here: kernels skip tiles that are not listed
-            q_block, kv_block = block_mask.BLOCK_SIZE
-            tiles = block_mask.to_dense().bool().repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
-            mask = mask & tiles[:, :, :q_len, :kv_len]  # (B, 1 or Hq, L, S)
+        q_block, kv_block = block_mask.BLOCK_SIZE
+        tiles = block_mask.to_dense().bool().repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
+        mask = mask & tiles[:, :, :q_len, :kv_len]  # (B, 1 or Hq, L, S)
     if score_mod is not None:
-        scores = _modify_scores(scores, mask, score_mod).to(wide)
+        scores = _modify_scores(scores, places, mask, score_mod).to(wide)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     # A softmax over no key is NaN. Such rows see every key here, and they and their gradients become zero.
     empty = scores.detach().amax(-1, keepdim=True).isneginf()
     scores = scores.masked_fill(empty, 0.0)
     output = (scores.softmax(-1) @ value).masked_fill(empty, 0.0).to(query.dtype)
-    if not return_lse:
-        return output, None
-    return output, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float()
+    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf).float() if return_lse else None
+    return output, lse
 
 
-def _modify_scores(scores, mask, score_mod):
-    sizes = enumerate(scores.shape)
-    places = [torch.arange(n, device=scores.device).view(-1, *[1] * (3 - i)) for i, n in sizes]
-    given = [scores, *places]
+def _modify_scores(scores, places, mask, score_mod):
+    given = [x.expand_as(scores) for x in (scores, *places)]
     if mask is not None:
         # At masked pairs some allowed pair is evaluated. What is not finite there would make gradients NaN.
         allowed = mask.expand_as(scores).flatten().int().argmax(0, keepdim=True)
-        given = [torch.where(mask, x, x.expand_as(scores).flatten()[allowed]) for x in given]
+        given = [torch.where(mask, x, x.flatten()[allowed]) for x in given]
     modified = score_mod(*given)
     rule = "score_mod must return a score for each pair: look up bias[b, h, q_idx, kv_idx], not bias[b][h]"
-    _require(modified.shape == scores.shape, rule, scores=modified)
+    _require(getattr(modified, "shape", None) == scores.shape, rule, returned=modified)
     return modified
 
 
@@ -551,18 +550,14 @@ def sdpa_reference(
     """
     _check_inputs(query, key, value, None, pads=pads)
     _require(query.shape[2] <= pads.shape[1], "the queries must lie among the keys", query=query, pads=pads)
+    # There a kernel reads the mask at a wrong place, https://github.com/pytorch/pytorch/issues/187227.
+    fits = query.shape[2] * pads.shape[1] <= 2**32 or _TORCH >= (2, 12)
+    _require(fits, "torch 2.11 has masks of at most 2**32 scores: pass fewer queries", query=query, pads=pads)
     mask, empty = _explicit_mask(pads, query.shape[2], causal)
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    # Torch 2.11's efficient kernel reads a mask of more than 2**32 scores at the wrong place: give it parts,
-    # https://github.com/pytorch/pytorch/issues/187227.
-    rows = max(1, _LARGEST_MASK // mask.shape[3])
-    parts = zip(query.split(rows, dim=2), mask.split(rows, dim=2), strict=True)
-    outputs = [F.scaled_dot_product_attention(part, key, value, seen, scale=scale) for part, seen in parts]
-    return torch.cat(outputs, dim=2).masked_fill(empty, 0.0)
-
-
-_LARGEST_MASK = 2**32
+    output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return output.masked_fill(empty, 0.0)
 
 
 def _explicit_mask(pads, q_len=None, causal=True):
@@ -601,7 +596,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_figure:
             _draw_mask(args.output, args.padding_side)
         wrong = _demonstrate(args)
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (FileNotFoundError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"causal_padded_flexattn.py: error: {error}", file=sys.stderr)
         return 2
     if wrong:
@@ -657,8 +654,8 @@ def _demonstrate(args):
     print(f"batch   {batch_size} x {length} tokens, {padding}; {heads} heads of size {shape[3]}, {dtype}")
 
     # The mask of the textbook, and the same in closed form.
-    textbook, ours = _textbook_block_mask(pads), create_causal_padding_block_mask(pads)
-    full, partly = ours.full_kv_num_blocks, ours.kv_num_blocks
+    ours: Any = create_causal_padding_block_mask(pads)
+    textbook, full, partly = _textbook_block_mask(pads), ours.full_kv_num_blocks, ours.kv_num_blocks
     same = torch.equal(ours.to_dense(), textbook.to_dense())
     same = same and torch.equal(full, textbook.full_kv_num_blocks)
     skipped = ours.kv_indices.numel() - full.sum() - partly.sum()
@@ -666,15 +663,16 @@ def _demonstrate(args):
     print(f"mask    {tiles}; as create_block_mask finds them: {'ok' if same else 'WRONG'}")
 
     print("check   the largest error, beside that of SDPA with an explicit mask in the same precision")
-    baseline, higher = lambda *x: sdpa_reference(*x, pads), torch.float32 if on_cuda else torch.float64
+    baseline, higher = partial(sdpa_reference, pads=pads), torch.float32 if on_cuda else torch.float64
     exact = _differentiate(baseline, [x.to(higher) for x in inputs], grad.to(higher))
     own = _differentiate(baseline, inputs, grad)
     flex = torch.compile(textbook_attention) if args.compile and not on_cuda else textbook_attention
     its_grad = grad if on_cuda else None  # the CPU has no gradients of flex_attention
     wrong = [] if same else ["the tiles of the mask"]
+    flex = partial(flex, pads=pads, block_mask=textbook)
     for name, results in (
-        ("attend", _differentiate(lambda *x: attend(*x, ours), inputs, grad)),
-        ("textbook_attention", _differentiate(lambda *x: flex(*x, pads, textbook), inputs, its_grad)),
+        ("attend", _differentiate(partial(attend, block_mask=ours), inputs, grad)),
+        ("textbook_attention", _differentiate(flex, inputs, its_grad)),
     ):
         print(f"        {name}")
         wrong += [f"{result} of {name}" for result in _find_wrong(results, exact, own)]
@@ -706,9 +704,8 @@ def _find_wrong(results, exact, own):
         eps = 2 * torch.finfo(result.dtype).eps + 16 * torch.finfo(torch.float32).eps
         allowed = (2 if name == "output" else 3) * own_error + eps * truth.abs().max().item()
         verdict = "ok" if error <= allowed else "WRONG"
-        print(
-            f"{' ' * 10}{name:<16}{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e}) {verdict}"
-        )
+        errors = f"{error:.1e} (SDPA's own {own_error:.1e}, allowed {allowed:.1e})"
+        print(f"{' ' * 10}{name:<16}{errors} {verdict}")
         wrong += [] if verdict == "ok" else [name]
     return wrong
 
@@ -716,23 +713,20 @@ def _find_wrong(results, exact, own):
 def _print_times(inputs, grad, pads):
     from torch.utils.benchmark import Timer
 
-    sdpa = F.scaled_dot_product_attention
-    ways = {  # how to make the mask, and how to attend with it
-        "textbook_attention": (_textbook_block_mask, lambda *x: textbook_attention(*x[:3], pads, x[3])),
-        "attend": (create_causal_padding_block_mask, attend),
-        "SDPA, explicit mask": (lambda pads: _explicit_mask(pads)[0], sdpa),
+    ways = {  # how to attend, and how to make the mask
+        "textbook_attention": ("textbook_attention(q, k, v, pads, mask)", "_textbook_block_mask(pads)"),
+        "attend": ("attend(q, k, v, mask)", "create_causal_padding_block_mask(pads)"),
+        "SDPA, explicit mask": ("F.scaled_dot_product_attention(q, k, v, mask)", "_explicit_mask(pads)[0]"),
     }
     if not pads[:, 0].any():  # real tokens on the left: causality keeps them from seeing the padding
-        name = "SDPA, is_causal=True, with the padding"
-        ways[name] = lambda pads: None, lambda *x: sdpa(*x, is_causal=True)
+        ways["SDPA, is_causal=True, with the padding"] = ("sdpa(q, k, v, is_causal=True)", "None")
     print(f"times   {'median milliseconds':<40}forward   + backward   + making the mask")
-    for name, (make, attention) in ways.items():
-        shared = lambda *x, attention=attention, mask=make(pads): attention(*x, mask)  # noqa: B008
-        alone = lambda *x, attention=attention, make=make: attention(*x, make(pads))
+    known = globals() | {"pads": pads, "inputs": inputs, "grad": grad, "sdpa": F.scaled_dot_product_attention}
+    for name, (call, make) in ways.items():
+        forward, both = (f"_differentiate(lambda q, k, v: {call}, inputs, {x})" for x in ("None", "grad"))
         times = []
-        for way, passes in ((shared, None), (shared, grad), (alone, grad)):
-            timed = {"run": _differentiate, "way": way, "inputs": inputs, "passes": passes}
-            timer = Timer("run(way, inputs, passes)", globals=timed, num_threads=torch.get_num_threads())
+        for statement in (forward, both, f"mask = {make}; {both}"):
+            timer = Timer(statement, f"mask = {make}", globals=known, num_threads=torch.get_num_threads())
             times.append(timer.blocked_autorange(min_run_time=0.3).median * 1e3)
         print(f"        {name:<40}{times[0]:7.2f}   {times[1]:10.2f}   {times[2]:17.2f}")
 
@@ -767,15 +761,14 @@ def _check_mask_options(pads, q_len, q_offset, window, padding_side, BLOCK_SIZE)
         _require(window >= 1, "window must be at least 1, which is the query's own key", window=window)
     kv_len, got = pads.shape[1], {"q_len": q_len, "q_offset": q_offset, "pads": pads}
     _require(q_len is None or _is_int(q_len), "q_len must be an int", TypeError, **got)
+    rule = "q_offset must be an int, or a 0-d tensor of int32 or int64 on the device of pads"
     if isinstance(q_offset, Tensor):
         fits = q_offset.shape == () and q_offset.dtype in (torch.int32, torch.int64)
-        rule = "q_offset must be an int, or a 0-d tensor of int32 or int64 on the device of pads"
         _require(fits and q_offset.device == pads.device, rule, TypeError, **got)
         _require(q_len is not None, "q_len must be given beside a tensor q_offset, which is not read", **got)
         fits = 1 <= q_len <= kv_len
     else:
-        is_int = q_offset is None or _is_int(q_offset)
-        _require(is_int, "q_offset must be an int or a 0-d integer tensor", TypeError, **got)
+        _require(q_offset is None or _is_int(q_offset), rule, TypeError, **got)
         q_len = kv_len - (q_offset or 0) if q_len is None else q_len
         q_offset = kv_len - q_len if q_offset is None else q_offset
         fits = 0 <= q_offset < q_offset + q_len <= kv_len
@@ -830,7 +823,7 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     is_number = scale is None or (not isinstance(scale, Tensor) and hasattr(scale, "__float__"))
     _require(is_number, "scale must be a float, such as scale.item()", TypeError, scale=scale)
     if query.is_cuda:
-        _check_on_cuda(tensors, block_mask, score_mod)
+        _check_on_cuda(tensors, block_mask)
     rule = 'backend must be "auto", "triton" or "flash"'
     _require(backend in ("auto", "triton", "flash"), rule, backend=backend)
     if backend == "flash":
@@ -846,9 +839,7 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
     _require(fits, rule, block_mask=(*shape, str(device)), **tensors)
     if torch.is_grad_enabled() and block_mask.q_num_blocks is None:
-        differentiated = [query, key, value]
-        if not torch.compiler.is_compiling():
-            differentiated += [x for x in _captured_by(score_mod) if isinstance(x, Tensor)]
+        differentiated = [query, key, value, *_tensors_captured_by(score_mod)]
         rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
         _require(not any(x.requires_grad for x in differentiated), rule, block_mask=shape, **tensors)
 
@@ -864,35 +855,28 @@ def _check_inputs(query, key, value, kv_len, **more):
     return tensors
 
 
-def _check_on_cuda(tensors, block_mask, score_mod):
+def _check_on_cuda(tensors, block_mask):
     """What torch refuses in words that do not help, or accepts and gets wrong."""
     query, blocks = tensors["query"], block_mask.BLOCK_SIZE
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
     blocks_train = _TORCH >= (2, 14) or query.element_size() > 2 or not any(block % 128 for block in blocks)
+    tangents = [torch.autograd.forward_ad.unpack_dual(x).tangent for x in tensors.values()]
     for holds, rule in (
         (query.dtype != torch.float64, "there is no float64: cast to float32"),
+        (tangents == [None] * 3, "there is no forward mode: use torch.autograd.grad"),
         (query.shape[0] < 2**16, "a batch must be of at most 65535 sequences: make calls for parts of it"),
         (not any(block % 16 for block in blocks), "BLOCK_SIZE must be a multiple of 16"),
         (blocks_train or not trains, "gradients in half precision need blocks of 128 before torch 2.14"),
     ):
         _require(holds, "on CUDA, " + rule, BLOCK_SIZE=blocks, **tensors)
-    if score_mod is None or torch.compiler.is_compiling():
-        return
-    rule = "score_mod must not capture a number that changes, in any score_mod: torch is wrong or fails. "
-    rule += "Write the number, or capture a tensor of one dimension and look it up, as in weight[h]"
-    for place, x in enumerate(_captured_by(score_mod)):
-        same = type(x) is not float or _CAPTURED.setdefault(place, x) == x
-        _require(same, rule, captured=x, before=_CAPTURED.get(place))
 
 
-# The first number at each place of a closure. Torch makes a variable of a number at the second value that it
-# meets at one place, whatever functions captured the two: 2.11 then computes wrongly, later versions fail.
-_CAPTURED: dict[int, float] = {}
-
-
-def _captured_by(function):
-    cells = getattr(function, "__closure__", None) or ()
-    return [*(cell.cell_contents for cell in cells), *(getattr(function, "__defaults__", None) or ())]
+def _tensors_captured_by(function):
+    if torch.compiler.is_compiling():  # functions that are made there do not say
+        return []
+    cells = [cell for cell in getattr(function, "__closure__", None) or () if cell != CellType()]  # not empty
+    captured = [*(cell.cell_contents for cell in cells), *(getattr(function, "__defaults__", None) or ())]
+    return [x for x in captured if isinstance(x, Tensor)]
 
 
 def _is_int(x):
@@ -963,6 +947,7 @@ _TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])  # al
 
 
 def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, backend):
+    query, key, value = (x.resolve_neg() for x in (query, key, value))  # kernels would ignore the sign
     options = _kernel_options(query, key, value, block_mask, backend)
     inputs = key, value, score_mod, block_mask, scale, return_lse, options
     if torch.compiler.is_compiling():
@@ -974,20 +959,37 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
     # So a view of tokens goes in as (B, L, Hq, E), and its output comes out so.
     as_tokens = is_view and torch.is_grad_enabled()
     query = query.transpose(1, 2) if as_tokens else query
+    is_own = score_mod is None and _origin_of(block_mask).has_first is not None
+    settings = nullcontext() if is_own else _specialize_numbers()
     try:
         with _LOCK:  # torch breaks where two threads import what it compiles with
             compiled = _compile(_keeps_bits())
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
-        with torch.autograd.set_multithreading_enabled(False):
+        with settings, torch.autograd.set_multithreading_enabled(False):
             output, lse = compiled(query, *inputs, as_tokens)
-    except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # it has no public name
+    except Exception as error:  # none of these has a public name
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            rule = f"{_MOST_KERNELS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, "
+            rule += "score_mods or batch sizes that decode, or call torch.compiler.reset()"
+        elif score_mod is not None and type(error).__module__.startswith("torch._"):
+            rule = "torch could not compile score_mod, which must return a float that it computes from score"
+        else:
             raise
-        rule = f"{_MOST_KERNELS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, "
-        rule += "score_mods or batch sizes that decode, or call torch.compiler.reset()"
         raise RuntimeError(rule) from error
     return output.transpose(1, 2) if as_tokens else output, lse
+
+
+@contextmanager
+def _specialize_numbers():
+    # Torch would make a variable of the second number that it finds captured at one place, and then fail, or
+    # on 2.11 use the first. The setting has no public name. No public report was found.
+    config = torch._dynamo.config
+    before, config.specialize_float = config.specialize_float, True
+    try:
+        yield
+    finally:
+        config.specialize_float = before
 
 
 _MOST_KERNELS = 64  # torch's own limit is 8
@@ -1010,11 +1012,10 @@ def _compile(same_bits):
         # what it knows of the strides, which differs between a batch of one and larger ones.
         options["unroll_reductions_threshold"] = _MOST_SPLITS + 1
     # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
-    how: dict[str, Any] = {"fullgraph": True, "options": options}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        how["recompile_limit"] = _MOST_KERNELS
-    else:  # torch 2.11
-        torch.compiler.config.recompile_limit = max(_MOST_KERNELS, torch.compiler.config.recompile_limit)
+    how: dict[str, Any] = {"fullgraph": True, "options": options, "recompile_limit": _MOST_KERNELS}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch 2.11
+        least = how.pop("recompile_limit")
+        torch.compiler.config.recompile_limit = max(least, torch.compiler.config.recompile_limit)
     return torch.compile(_flex_attention, **how)
 
 
@@ -1128,9 +1129,7 @@ def _is_on_hopper(x):
 
 
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
-_HAS_FLASH = False
-with suppress(ImportError):  # asked once, because torch.compile cannot trace it
-    _HAS_FLASH = importlib.util.find_spec("flash_attn.cute") is not None
+_HAS_FLASH = bool(find_spec("flash_attn") and find_spec("flash_attn.cute"))  # no graph can ask
 
 
 def _can_use_flash(query, key, value, score_mod, return_lse):
@@ -1143,13 +1142,10 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
 
 def _is_faster_with_flash(query, key, block_mask):
     # Where the gain outweighs the cost of launching. How much is padding only the device knows.
-    is_other = block_mask is None or block_mask.BLOCK_SIZE != (128, 128)
-    if is_other or torch.are_deterministic_algorithms_enabled():
-        return False
-    keys = key.shape[2]
-    if _origin_of(block_mask).is_computed:  # once for a row of scores: it gains in shorter sequences
-        keys = (keys + 2048) // 2  # as measured
-    return query.numel() * keys >= _FLASH_FROM
+    is_usual = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
+    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed  # once for a row: it gains earlier
+    is_large = query.numel() * ((keys + 2048) // 2 if is_computed else keys) >= _FLASH_FROM  # as measured
+    return is_usual and is_large and not torch.are_deterministic_algorithms_enabled()
 
 
 # In a caller's graph this is one operator that the compiler does not see into. It would lay the lists out as
@@ -1160,16 +1156,25 @@ _find_tiles_operator = torch.library.custom_op(_OPERATOR, _find_tiles, mutates_a
 
 
 @_find_tiles_operator.register_fake
-def _(first, last, until, keys, pads, query_pads, q_block, kv_block, decodes):
+def _(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes):
     """The shapes of the results, in terms that hold for all lengths."""
     (batch_size, kv_len), q_len = pads.shape, query_pads.shape[1]
-    rows, columns = (q_len + q_block - 1) // q_block, (kv_len + kv_block - 1) // kv_block
+    rows = 1 if decodes else torch.sym_max(least, (q_len + q_block - 1) // q_block)
+    columns = torch.sym_max(least, (kv_len + kv_block - 1) // kv_block)
     q_filled = q_len if decodes and pads.is_cuda and q_len < kv_len else rows * q_block
     tables = [x.new_empty(batch_size, q_filled) for x in (last, first) if x is not None]
     tables += [] if until is None else [until.new_empty(batch_size, columns * kv_block)]
     of = lambda *sizes: pads.new_empty(1 if decodes else 2, batch_size, 1, *sizes, dtype=torch.int32)
     lists = [of(rows), of(rows, columns)]
     return tables, lists if decodes else [*lists, of(columns), of(columns, rows)]
+
+
+@_find_tiles_operator.register_vmap
+def _(info, in_dims, *args):
+    at = lambda i: [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+    results = zip(*(_find_tiles_operator(*at(i)) for i in range(info.batch_size)), strict=True)
+    stacked = tuple([torch.stack(x) for x in zip(*result, strict=True)] for result in results)
+    return stacked, tuple([0] * len(result) for result in stacked)
 
 
 # ---- 8. The same bits -------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def block_mask(
             torch._assert_async(is_run, "a query does not see one run of keys: use sdpa")
         elif not is_run:
             raise TypeError
-    except Exception:  # what a mask function does to a stand-in may fail in any way
+    except (AttributeError, TypeError):  # what stand-ins do not have, or do not support; the rest is raised
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.clone()  # a static cache moves it before attention asks this mask
         sizes: Any = batch_size, q_length, kv_length, q_offset, kv_offset
@@ -134,7 +134,8 @@ def block_mask(
 #     kv_idx <= q_idx         a run up to ...        0        1        2        3
 #     the two together        a run from ... to      -1 to 0  0 to 1   1 to 2   2 to 3
 #
-# What a stand-in cannot do is a TypeError, and then the mask is left to transformers.
+# What a stand-in cannot do is a TypeError, and then the mask is left to transformers. Numbers of a table are
+# calculated in its own type, as transformers does, so that bytes wrap around in the same way.
 
 
 def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
@@ -144,7 +145,6 @@ def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
     """
     batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
     query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
-    key.is_place = True
     with _LookUp(queries, pads):
         run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
@@ -159,6 +159,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def _is_int(x):
     return type(x) is int or isinstance(x, torch.SymInt)
+
+
+def _fits(number, dtype):
+    return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 class _StandIn:
@@ -176,38 +180,46 @@ class _StandIn:
 class _Numbers(_StandIn):
     """Numbers of the batch, (B, 1), of the queries, (B or 1, L), or of the keys, (B or 1, S): base + shift.
 
-    The shift is a plain number, so that `q_idx - 2 + 1` launches one kernel and not two. Numbers of keys that
-    were looked up in a table may fall. `table` is then the places of the queries, and the pads.
+    The shift is a plain number, so that `q_idx - 2 + 1` launches one kernel and not two. What kind they are:
+        "place": their places. int32 holds them here, where transformers has int64.
+        "quotient": such places divided, of which several may be one number.
+        "table": numbers of any size in their own type, looked up. Those of keys may fall.
+    `pieces`, the places of the queries and the pads, are what numbers that may fall are searched with.
     """
 
-    def __init__(self, side, base, shift=0, table=None):
-        self.side, self.base, self.shift, self.table = side, base, shift, table
-        self.is_place = False  # of the keys: whether base is their places
+    def __init__(self, side, base, shift=0, kind="place", pieces=None):
+        self.side, self.base, self.shift, self.kind, self.pieces = side, base, shift, kind, pieces
 
     @property
     def values(self):
         return self.base + self.shift if self.shift else self.base
 
+    @property
+    def values_as_theirs(self):
+        return self.values if self.kind == "table" else self.values.long()
+
     def _with(self, operation, other):
         if isinstance(other, _Numbers) and other.side == "batch":
-            return _Numbers(self.side, operation(self.values, other.values), 0, self.table)
-        if not _is_int(other) or not -_END < other < _END:  # so that 32 bits hold what comes of it
+            values = operation(self.values_as_theirs, other.values_as_theirs)
+            return _Numbers(self.side, values, 0, "table", self.pieces)
+        shift = operation(self.shift, other) if _is_int(other) else _END
+        if not -_END < shift < _END:  # so that 32 bits hold what comes of it
             raise TypeError
-        result = _Numbers(self.side, self.base, operation(self.shift, other), self.table)
-        result.is_place = self.is_place
-        return result
+        return _Numbers(self.side, self.base, shift, self.kind, self.pieces)
 
     def __add__(self, other):
         return self._with(add, other)
 
     def __sub__(self, other):
-        is_difference = self.side == "query" and isinstance(other, _Numbers) and other.side == "key"
-        return _Difference(self, other) if is_difference else self._with(sub, other)
+        if self.side == "query" and isinstance(other, _Numbers) and other.side == "key":
+            return _Difference(self, other)
+        return self._with(sub, other)
 
     def __floordiv__(self, size):
         if not (_is_int(size) and size > 0):
             raise TypeError
-        return _Numbers(self.side, self.values // size, 0, self.table)
+        kind = "quotient" if self.kind == "place" else self.kind
+        return _Numbers(self.side, self.values // size, 0, kind, self.pieces)
 
     def __lt__(self, other):
         return _compare(self, lt, other)
@@ -235,6 +247,8 @@ class _Difference(_StandIn):
     """q_idx - kv_idx. Only its distance, abs(q_idx - kv_idx), can be compared, with a number."""
 
     def __init__(self, query, key):
+        if "table" in (query.kind, key.kind):  # the difference might wrap around
+            raise TypeError
         self.query, self.key = query, key
 
     def __abs__(self):
@@ -321,22 +335,28 @@ def _compare(x, how, y):
     if isinstance(y, _Numbers) and y.side == "key":
         x, how, y = y, {lt: gt, le: ge, gt: lt, ge: le, eq: eq}[how], x
     if _is_int(y):
-        y = _Numbers("batch", torch.full_like(x.values[:1, :1], y))
+        # Torch would make a number of a small type of it.
+        if x.kind == "table" and not _fits(y, x.base.dtype):
+            raise TypeError
+        is_near = _fits(y, torch.int32) and -_END < y < _END
+        dtype, kind = (torch.int32, "place") if is_near else (torch.int64, "table")
+        y = _Numbers("batch", torch.full_like(x.base[:1, :1], y, dtype=dtype), 0, kind)
     if not isinstance(y, _Numbers) or y.side == "key":
         raise TypeError
     if x.side != "key":  # all keys, or none
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
     known_from, known_to = 0, _END
-    if x.is_place:  # each number is one place
-        if y.base.dtype != torch.int32:
-            y = _Numbers(y.side, y.values.clamp(-_END, _END))
+    if x.kind == "place":  # each number is one place
+        if y.kind == "table":
+            y = _Numbers(y.side, y.values.long().clamp(-_END, _END))
         begin = end = _Numbers(y.side, y.base, y.shift - x.shift)
     else:
-        if x.table is None:
-            begin, end = _search(x.values, y.values)
+        keys, wanted = x.values.long(), y.values.long()
+        if x.pieces is None:
+            begin, end = _search(keys, wanted)
         else:
-            find = _find_in_pieces_operator if torch.compiler.is_compiling() else _find_in_pieces
-            begin, end, known_from, known_to = find(x.values, y.values, *x.table, how is eq)
+            find: Any = _find_in_pieces_operator if torch.compiler.is_compiling() else _find_in_pieces
+            begin, end, known_from, known_to = find(keys, wanted, *x.pieces, how is eq)
         begin, end = _Numbers("query", begin), _Numbers("query", end)
     first = begin.values if how in (ge, eq) else (end + 1).values if how is gt else 0
     last = end.values if how in (le, eq) else (begin - 1).values if how is lt else _END
@@ -347,7 +367,7 @@ def _search(keys, wanted):
     """Where in each row of keys, which do not fall, the wanted numbers begin and end, or would."""
     rows = max(keys.shape[0], wanted.shape[0])
     # Torch 2.11 cannot compile an expand that changes nothing.
-    keys, wanted = (x.long() if x.shape[0] == rows else x.long().expand(rows, -1) for x in (keys, wanted))
+    keys, wanted = (x if x.shape[0] == rows else x.expand(rows, -1) for x in (keys, wanted))
     search = partial(torch.searchsorted, keys.contiguous(), wanted.contiguous(), out_int32=True)
     return search(), search(right=True) - 1
 
@@ -405,15 +425,17 @@ class _LookUp(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         index = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:2]
-        stand_ins = [x for x in index if isinstance(x, _StandIn)]
+        stand_ins: list[Any] = [x for x in index if isinstance(x, _StandIn)]
         if function is not torch.Tensor.__getitem__ or not stand_ins:
             return function(*args, **(kwargs or {}))
-        numbers = args[0][tuple(x.values if isinstance(x, _StandIn) else x for x in index)]
-        sides = {x.side for x in stand_ins} - {"batch"}
-        if numbers.dim() != 2 or numbers.dtype not in _INTEGERS or len(sides) > 1:
+        sides = {x.side for x in stand_ins} - {"batch"}  # a head has none
+        if len(sides) > 1:
             raise TypeError
         (side,) = sides or {"batch"}
-        return _Numbers(side, numbers.long(), 0, (self.queries, self.pads) if side == "key" else None)
+        numbers = args[0][tuple(x.values if isinstance(x, _Numbers) else x for x in index)]
+        if numbers.dim() != 2 or numbers.dtype not in _INTEGERS:
+            raise TypeError
+        return _Numbers(side, numbers, 0, "table", (self.queries, self.pads) if side == "key" else None)
 
 
 def attention(

@@ -31,6 +31,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
@@ -198,38 +199,115 @@ def test_a_learned_bias_gets_its_gradient(device: str) -> None:
     )
 
 
-@pytest.mark.cuda
-def test_numbers_that_a_score_mod_captures(
-    compilations: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One alone is compiled in. It may not change, but a tensor may."""
-    monkeypatch.setattr(cpf, "_CAPTURED", {})
-    pads, (inputs, _) = make_pads("right", 200, "cuda"), make_inputs("cuda")
-    attend = partial(causal_padded_attention, *inputs, pads)
-
-    def tilt(weight):
-        return lambda score, b, h, q_idx, kv_idx: score * weight
-
-    def tilt_by_head(weight):
-        return lambda score, b, h, q_idx, kv_idx: score * weight[h]
-
-    def expected(weight: float) -> Tensor:
-        return written_out(*inputs, explicit_mask(pads), None, tilt(weight))[0]
-
-    torch.testing.assert_close(attend(score_mod=tilt(3.0)), expected(3.0), rtol=1e-3, atol=1e-4)
-    for other in (tilt(0.5), lambda score, b, h, q_idx, kv_idx, weight=0.5: score + weight):
-        message = r"must not capture a number that changes.*weight\[h\]; got captured 0.5, before 3.0"
-        with pytest.raises(ValueError, match=message):
-            attend(score_mod=other)
-    for weight in (0.5, 2.0):
-        result = attend(score_mod=tilt_by_head(torch.full((4,), weight, device="cuda")))
-        torch.testing.assert_close(result, expected(weight), rtol=1e-3, atol=1e-4)
+def times(weight: float) -> Callable:
+    return lambda score, b, h, q_idx, kv_idx: score * weight
 
 
-@pytest.mark.cuda
-def test_a_parameter_alone_wants_a_gradient() -> None:
-    pads, (inputs, _) = make_pads("right", 200, "cuda"), make_inputs("cuda", lengths=(4, 200))
-    weight = torch.ones(4, device="cuda", requires_grad=True)
+def times_by_default(weight: float) -> Callable:
+    return lambda score, b, h, q_idx, kv_idx, weight=weight: score * weight
+
+
+def times_by_keyword(weight: float) -> Callable:
+    return partial(lambda score, b, h, q_idx, kv_idx, weight: score * weight, weight=weight)
+
+
+class Times:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def modify(self, score, b, h, q_idx, kv_idx):
+        return score * self.weight
+
+    def __call__(self, *given):
+        return self.modify(*given)
+
+
+def times_inside(weight: float) -> Callable:
+    inner = times(weight)
+    return lambda score, b, h, q_idx, kv_idx: inner(score, b, h, q_idx, kv_idx)
+
+
+def plus(weight: float) -> Callable:
+    return lambda score, b, h, q_idx, kv_idx: score + weight * (q_idx - kv_idx)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_that_a_score_mod_captures(device: str) -> None:
+    """Each is right wherever it is captured, after any other. Torch left to itself would use an old one."""
+    pads, (inputs, grad_output) = make_pads("right", 200, device), make_inputs(device)
+
+    def by_head(weight: float) -> Callable:
+        weights = torch.full((4,), weight, device=device)
+        return lambda score, b, h, q_idx, kv_idx: score * weights[h]
+
+    method = lambda weight: Times(weight).modify
+    for make in (times, plus, times_by_default, times_by_keyword, Times, method, times_inside, by_head):
+        for weight in (3.0, 0.5, 2.0) if make is times else (0.25, 0.75):
+            check(inputs, grad_output, pads, score_mod=make(weight))
+    assert not torch._dynamo.config.specialize_float  # as it was
+
+
+def distance(score, b, h, q_idx, kv_idx):
+    return (kv_idx - q_idx).float()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_score_mods_that_ignore_some_of_their_arguments(device: str) -> None:
+    inputs, grad_output = make_inputs(device)
+    for score_mod in (
+        lambda score, *_: score * 0.5,
+        lambda score, b, h, q_idx, kv_idx: score + (b == 1) * 0.3 * kv_idx,
+    ):
+        check(inputs, grad_output, make_pads("left", 200, device), score_mod=score_mod)
+
+
+def test_score_mods_that_ignore_the_score() -> None:
+    """On the CPU they are right. On CUDA torch cannot compile them, and that is said."""
+    (inputs, _), pads, table = make_inputs("cpu"), make_pads("left", 200, "cpu"), torch.randn(4)
+    for score_mod in (distance, lambda score, b, h, q_idx, kv_idx: table[h]):
+        mask = explicit_mask(pads)
+        result = causal_padded_attention(*inputs, pads, score_mod=score_mod)
+        torch.testing.assert_close(result, written_out(*inputs, mask, None, score_mod)[0])
+    for constant in (0.5, torch.tensor(0.5)):
+        with pytest.raises(
+            ValueError, match=r"score_mod must return a score for each pair: .*; got returned"
+        ):
+            causal_padded_attention(*inputs, pads, score_mod=lambda *_, x=constant: x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_with_a_sign(device: str) -> None:
+    """The imaginary part of a conjugate is the other's with a flag that says minus."""
+    pads, (_, grad_output) = make_pads("right", 200, device), make_inputs(device)
+    inputs = [torch.randn(3, n, 200, 64, dtype=torch.complex64, device=device).conj().imag for n in (4, 2, 2)]
+    assert all(x.is_neg() for x in inputs)
+    ours = causal_padded_attention(*inputs, pads)
+    exact = exact_attention(*(x.resolve_neg().double() for x in inputs), explicit_mask(pads))
+    torch.testing.assert_close(ours, exact.float(), rtol=1e-3, atol=1e-4)
+    assert not grad_output.is_neg()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode(device: str) -> None:
+    """By dual numbers: right on the CPU, refused on CUDA, where torch 2.11 would lose the tangent."""
+    pads, (inputs, _) = make_pads("right", 200, device), make_inputs(device)
+    tangents = [torch.randn_like(x) for x in inputs]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, tangent) for x, tangent in zip(inputs, tangents, strict=True)]
+        if device == "cuda":
+            with pytest.raises(ValueError, match=r"there is no forward mode: use torch\.autograd\.grad"):
+                causal_padded_attention(*inputs[:2], duals[2], pads)
+            return
+        tangent = forward_ad.unpack_dual(causal_padded_attention(*duals, pads)).tangent
+    exact = lambda *x: exact_attention(*x, explicit_mask(pads))
+    doubles = [tuple(x.double() for x in given) for given in (inputs, tangents)]
+    torch.testing.assert_close(tangent, torch.func.jvp(exact, *doubles)[1].float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_parameter_alone_wants_a_gradient(device: str) -> None:
+    pads, (inputs, _) = make_pads("right", 200, device), make_inputs(device, lengths=(4, 200))
+    weight = torch.ones(4, device=device, requires_grad=True)
     score_mod = lambda score, b, h, q_idx, kv_idx: score * weight[h]
     attend = partial(causal_padded_attention, *inputs, pads, score_mod=score_mod)
     (gradient,) = torch.autograd.grad(attend().sum(), weight)
@@ -240,6 +318,17 @@ def test_a_parameter_alone_wants_a_gradient() -> None:
         cpf.attend(*inputs, block_mask, score_mod=score_mod)
     with pytest.raises(ValueError, match=r"block_mask was made under torch\.no_grad"):
         cpf.attend(*inputs, block_mask, score_mod=score_mod)
+
+
+def test_a_variable_that_is_not_there_yet() -> None:
+    """A function may capture one that is assigned after the call."""
+    pads, (inputs, _) = make_pads("right", 200, "cpu"), make_inputs("cpu", lengths=(4, 200))
+    score_mod = lambda score, *_: score if score.numel() else later
+    with torch.no_grad():
+        block_mask = block_mask_of(pads, 4)
+    expected = cpf.attend(*inputs, block_mask)
+    torch.testing.assert_close(cpf.attend(*inputs, block_mask, score_mod=score_mod), expected)
+    later = None
 
 
 @pytest.mark.parametrize("device", DEVICES)

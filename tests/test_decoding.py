@@ -238,3 +238,18 @@ def test_a_decoding_step_in_a_cuda_graph() -> None:
         for n, output in enumerate(outputs, 1):
             expected = masked_sdpa(query * n, key, value, mask, None)
             torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_into_how_many_parts_decoding_splits_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for the whole card, and no more than one of 64 keys each needs."""
+    monkeypatch.setattr(cpf, "_is_on_hopper", lambda x: True)
+    parts = {}
+    for batch_size in (1, 2, 8, 32, 128, 1024):
+        for kv_heads in (1, 8):
+            query, key = torch.empty(batch_size, 8, 1, 64), torch.empty(batch_size, kv_heads, 4096, 64)
+            options = cpf._decoding_options(query, key, key, None)
+            programs = batch_size * kv_heads * options["SPLIT_KV"]
+            assert options["SPLIT_KV"] in (1, 32) or 512 <= programs <= 1024
+            parts[batch_size * kv_heads] = options["SPLIT_KV"]
+    ordered = [parts[n] for n in sorted(parts)]
+    assert ordered == sorted(ordered, reverse=True) and ordered[0] == 32 and ordered[-1] == 1

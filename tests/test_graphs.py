@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from types import ModuleType
 
 import pytest
@@ -168,7 +169,7 @@ def test_lengths_in_a_callers_graph(name: str, device: str, compilations: Callab
     training = name not in ("growing cache", "offset")
     # On the CPU it is the trace that counts: what it is compiled to is torch's.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
-    for length in (200, 260, 300, 384, 129, 513, 640, 1000, 256, 777):
+    for length in (200, 260, 300, 384, 129, 513, 640, 100, 1000, 256, 777, 40):
         (query, key, value), grad_output = make_inputs(device, lengths=(queries_of(length), length))
         pads = make_pads("left", length, device)
         spans, until = make_spans(pads), make_until(pads)
@@ -207,8 +208,13 @@ def test_lengths_in_a_callers_graph(name: str, device: str, compilations: Callab
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", ["causal", "window", "packed", "padding_side", "encoder", "local encoder"])
-def test_exported_with_a_length_that_is_dynamic(name: str, strict: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [("causal", 40), ("causal", 300), ("window", 40), ("packed", 300), ("padding_side", 40), ("encoder", 40)],
+)
+def test_exported_with_a_length_that_is_dynamic(name: str, example: int, strict: bool) -> None:
+    """One program serves one block of tokens and several, and can be saved."""
+
     class Model(torch.nn.Module):
         def forward(
             self, query: Tensor, key: Tensor, value: Tensor, pads: Tensor, *numbers: Tensor
@@ -220,15 +226,34 @@ def test_exported_with_a_length_that_is_dynamic(name: str, strict: bool) -> None
         more = [make_position_ids(torch.arange(length).expand(3, -1) // 70)] if name == "packed" else []
         return (*make_inputs("cpu", lengths=(length, length))[0], pads, *more)
 
-    length = torch.export.Dim("length", min=129, max=4096)
+    length = torch.export.Dim("length", min=3, max=4096)
     sizes = [{2: length}, {2: length}, {2: length}, {1: length}]
     sizes += [({1: length},)] if name == "packed" else []
-    exported = torch.export.export(
-        Model(), inputs_of(300), dynamic_shapes=tuple(sizes), strict=strict
-    ).module()
-    for n in (129, 200, 256, 1000):
+    exported = torch.export.export(Model(), inputs_of(example), dynamic_shapes=tuple(sizes), strict=strict)
+    file = BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    programs = exported.module(), torch.export.load(file).module()
+    for n in (3, 40, 128, 129, 200, 256, 1000):
         inputs = inputs_of(n)
-        torch.testing.assert_close(exported(*inputs), Model()(*inputs), rtol=1e-4, atol=1e-5)
+        for program in programs:
+            torch.testing.assert_close(program(*inputs), Model()(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vmap_over_pads(compiled: bool) -> None:
+    inputs, pads = make_inputs("cpu")[0], make_pads("right", 200, "cpu")
+    both, places = torch.stack([pads, pads.flip(0)]), torch.arange(200)
+
+    def by_runs(pads: Tensor) -> Tensor:
+        lengths = (~pads).sum(1, keepdim=True)
+        block_mask = create_block_mask_from_runs(places - lengths, None, pads, until=places + lengths)
+        return cpf.attend(*inputs, block_mask)
+
+    for attend in (partial(causal_padded_attention, *inputs, window=50), by_runs):
+        mapped = torch.vmap(attend)
+        mapped = torch.compile(mapped, fullgraph=True, backend="aot_eager") if compiled else mapped
+        torch.testing.assert_close(mapped(both), torch.stack([attend(x) for x in both]))
 
 
 def test_other_tracers() -> None:
@@ -293,3 +318,14 @@ def test_copies_of_the_file_do_not_share_their_operators(monkeypatch: pytest.Mon
 def test_a_release_that_is_not_final_counts_as_that_release(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.15.0a0+nv26.1")
     assert load_copy("of_a_container", monkeypatch)._TORCH == (2, 15)
+
+
+@pytest.mark.parametrize("found", ["flash_attn flash_attn.cute", "flash_attn", ""])
+def test_flash_is_there_if_its_module_is(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 2 has the same package, and records of pip may outlive what they record."""
+    find = importlib.util.find_spec
+    its = lambda name: name in found.split() or None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: its(name) if name.startswith("flash_attn") else find(name)
+    )
+    assert found.endswith("cute") == load_copy("asked_again", monkeypatch)._HAS_FLASH

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -142,16 +144,39 @@ def test_tiles_of_heads_of_128_follow_the_mask(monkeypatch: pytest.MonkeyPatch) 
     ):
         options = _kernel_options(*inputs, block_mask)
         assert {name: option for name, option in options.items() if name.startswith("fwd")} == tiles
-    apart = [x.new_zeros(*x.shape[:3], 130)[..., :128] for x in inputs]
-    options = _kernel_options(*apart, block_mask_of(pads))
-    assert options["fwd_USE_TMA"] is False
+    for width in (130, 132):
+        apart = [x.new_zeros(*x.shape[:3], width)[..., :128] for x in inputs]
+        assert _kernel_options(*apart, block_mask_of(pads))["fwd_USE_TMA"] is False
+
+
+@pytest.mark.parametrize("size", [16, 40, 64, 80, 128, 256, 600])
+@pytest.mark.parametrize("BLOCK_SIZE", [128, 64, 256, (128, 48), (32, 128)], ids=str)
+def test_steps_that_kernels_can_make(
+    size: int, BLOCK_SIZE: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They divide the blocks of the mask. Heads of 64 have steps of their own."""
+    monkeypatch.setattr(cpf, "_is_on_hopper", lambda x: True)
+    inputs, _ = make_inputs("cpu", torch.bfloat16, sizes=(size, size))
+    pads = make_pads("right", 200, "cpu")
+    options = _kernel_options(*inputs, block_mask_of(pads, BLOCK_SIZE=BLOCK_SIZE))
+    q_block, kv_block = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    for name, value in options.items():
+        if "BLOCK_" in name:
+            block = q_block if name[-2:] in ("_M", "M1") or name.endswith("M2") else kv_block
+            assert 16 <= value <= 128 and block % value == 0
+        elif "warps" in name or "stages" in name:
+            assert value in ((4, 8) if "warps" in name else (1, 2, 3))
+    if size == 64 and BLOCK_SIZE == 128:
+        steps = {"fwd_BLOCK_N": 64, "bwd_num_warps": 4}
+        steps |= {f"bwd_BLOCK_{of}": 64 for of in ("M1", "N1", "M2", "N2")}
+        assert {name: options.get(name) for name in steps} == steps
 
 
 @pytest.mark.cuda
 def test_heads_of_128_wherever_their_rows_begin() -> None:
     """They are loaded by descriptors, which want multiples of 16 bytes, also where strides are dynamic."""
     pads = make_pads("right", 300, "cuda")
-    for width, first in ((128, 0), (136, 0), (144, 8), (130, 0), (129, 1), (136, 1), (192, 64)):
+    for width, first in ((128, 0), (136, 0), (144, 8), (130, 0), (132, 0), (129, 1), (136, 1), (192, 64)):
         inputs, grad_output = make_inputs("cuda", torch.bfloat16, lengths=(300, 300), sizes=(128, 128))
         inputs = [F.pad(x, (first, width - 128 - first)).narrow(3, first, 128) for x in inputs]
         assert {x.stride(2) for x in inputs} == {width} and inputs[0].storage_offset() == first
@@ -294,6 +319,32 @@ def test_after_a_call_that_fails_the_next_one_is_compiled() -> None:
         torch.testing.assert_close(
             output[2], sdpa_reference(query, key, value, pads)[2], rtol=2e-2, atol=2e-2
         )
+
+
+def test_threads_that_ask_first_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def slow(function: Callable, **_) -> Callable:
+        made.append(function)
+        sleep(0.2)
+        return function
+
+    monkeypatch.setattr("torch.compile", slow)
+    inputs, barrier = torch.randn(3, 1, 2, 8, 16), threading.Barrier(3)
+
+    def ask() -> None:
+        barrier.wait()
+        with torch.no_grad():
+            cpf._run_kernel(*inputs, None, None, None, False, "triton")
+
+    _compile.cache_clear()
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _compile.cache_clear()
+    assert made.count(cpf._flex_attention) == 1
 
 
 def test_at_the_limit_it_raises_until_reset(monkeypatch: pytest.MonkeyPatch) -> None:

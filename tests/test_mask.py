@@ -19,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, noop_mask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+    noop_mask,
+)
 
 from causal_padded_flexattn import (
     _origin_of,
@@ -251,14 +258,17 @@ def test_the_operator_that_hides_the_tiles_from_the_compiler(device: str, q_len:
     keys = torch.arange(700, device=device, dtype=torch.int32)
     last, until = keys[-q_len:], torch.full((2, 700), 650 - (700 - q_len), device=device, dtype=torch.int32)
     operator = torch.ops.causal_padded_flexattn.find_tiles.default
-    for first, some_until in (
-        (None, None),
-        (last.expand(2, -1) - 50, None),
-        (last - 50, until),
-        (None, until),
+    for least, first, some_until in (
+        (1, None, None),
+        (2, last.expand(2, -1) - 50, None),
+        (1, last - 50, until),
+        (2, None, until),
     ):
-        arguments = (first, last, some_until, keys, pads, pads[:, -q_len:], 128, 64, decodes)
-        torch.library.opcheck(operator, arguments)
+        for length in (700, 60):  # with 60, less than the least number of blocks
+            of = lambda x, n=length: x if x is None else x[..., -n:].contiguous()
+            tokens = (keys[:length], of(pads), of(pads[:, -q_len:]))
+            arguments = (of(first), of(last), of(some_until), *tokens, 128, 64, least, decodes)
+            torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -270,7 +280,7 @@ def test_the_operator_with_masks_that_lie_length_first(device: str, length: int,
     runs, queries = numbers[:length, None].expand(-1, 2).contiguous(), pads[-length:].contiguous()
     until = numbers[:, None].expand(-1, 2).contiguous()
     for first, some_until in ((None, None), (runs.T - 50, until.T)):
-        arguments = (first, runs.T, some_until, numbers, pads.T, queries.T, length, 64, decodes)
+        arguments = (first, runs.T, some_until, numbers, pads.T, queries.T, length, 64, 2, decodes)
         torch.library.opcheck(torch.ops.causal_padded_flexattn.find_tiles.default, arguments)
 
 
@@ -405,3 +415,30 @@ def test_memory(batch_size: int, kv_len: int, mib: int, more: dict) -> None:
     torch.cuda.reset_peak_memory_stats()
     make()
     assert torch.cuda.max_memory_allocated() - before <= mib * 2**20
+
+
+@pytest.mark.parametrize("name", ["holes", "window", "runs", "few queries"])
+def test_a_kernel_reads_the_lists(name: str) -> None:
+    """Attention here reads no list of tiles on the CPU, but compiled flex_attention does."""
+    pads = torch.arange(500).expand(3, -1) % 200 > 120
+    query, key, value = torch.randn(3, 3, 2, 500, 16)
+    mask, block_mask = explicit_mask(pads), block_mask_of(pads)
+    if name == "window":
+        pads = torch.arange(500) < torch.tensor([[400], [10], [0]])
+        block_mask = block_mask_of(pads, window=100, padding_side="left")
+        mask = explicit_mask(pads, window=100)
+    elif name == "runs":
+        first, last, until = torch.randint(0, 500, (3, 3, 500))
+        block_mask = create_block_mask_from_runs(first, last, pads, until=until)
+        place = torch.arange(500)
+        mask = (
+            ~pads[:, :, None] & ~pads[:, None, :] & (place >= first[..., None]) & (place <= last[..., None])
+        )
+        mask &= place[:, None] <= until[:, None, :]
+    elif name == "few queries":
+        query, mask, block_mask = query[:, :, -200:], explicit_mask(pads, 200), block_mask_of(pads, 200)
+    with torch.no_grad():
+        output = torch.compile(flex_attention, dynamic=False)(query, key, value, block_mask=block_mask)
+    scores = (query.double() @ key.double().mT / 4).masked_fill(~mask[:, None], -torch.inf)
+    exact = scores.softmax(-1).nan_to_num() @ value.double()
+    torch.testing.assert_close(output, exact.float(), rtol=1e-4, atol=1e-5)

@@ -233,7 +233,7 @@ KEYS = torch.arange(100).expand(2, -1)
                 (torch.tensor(1, device="meta"), "meta"),
             )
         ),
-        ({"q_offset": 4.0}, TypeError, "q_offset must be an int or a 0-d integer tensor.*4.0"),
+        ({"q_offset": 4.0}, TypeError, "q_offset must be an int, or a 0-d tensor.*4.0"),
         ({"q_len": 4.0}, TypeError, "q_len must be an int; got q_len 4.0"),
         ({"causal": False}, TypeError, "unexpected keyword argument 'causal'"),
         (

@@ -135,6 +135,10 @@ BREAK = {
         "_build_block_mask = lambda a, b, *x, f=m._build_block_mask: f(a, b + 1, *x)",
         ", ".join(["the tiles of the mask", *(f"{result} of attend" for result in RESULTS)]),
     ),
+    "a digit": (
+        "attend = lambda *x, f=m.attend, **more: f(*x, **more) * (1 + 1e-4)",
+        ", ".join(f"{result} of attend" for result in RESULTS),
+    ),
 }
 
 
@@ -157,6 +161,7 @@ def test_what_is_wrong_ends_with_status_one(what: str, tmp_path: Path) -> None:
         (["--lengths", ""], "--lengths: expected a whole number of at least 1, got ''"),
         (["--lengths", "5,x"], "--lengths: expected a whole number of at least 1, got 'x'"),
         (["--head-dim", "0"], "--head-dim: expected a whole number of at least 1, got '0'"),
+        (["--no-figure", "--max-seq-len", "9999999999"], "can't allocate memory"),
         (["--max-seq-len", "9", "--lengths", "10"], "--lengths has 10 tokens: raise --max-seq-len 9"),
         (["--output", "mask.pdf"], "--output must be a .png file; got mask.pdf"),
         (["--output", "missing/mask.png"], "No such file or directory: 'missing/mask.png'"),

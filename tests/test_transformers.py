@@ -357,6 +357,8 @@ def custom_functions(random: Random, batch_size: int, total: int) -> list[Callab
     few = torch.tensor([[random.randrange(-2, 3) for _ in range(total)] for _ in range(batch_size)])
     begin, flags, rising = few[:, 0] * 3, few > 0, places.cummax(1).values
     large = torch.where(flags, 2**63 - 1, places * 2**31 - 2**33)
+    small, bytes_ = large.to(torch.int32), (places * 37).to(torch.uint8)
+    signed = bytes_.to(torch.int8)
     islands = torch.where(places % 3 > 0, rising, -1)
     return [
         lambda b, h, q, k: k <= places[b, q],
@@ -384,6 +386,16 @@ def custom_functions(random: Random, batch_size: int, total: int) -> list[Callab
         lambda b, h, q, k: large[b, q] >= large[b, k],
         lambda b, h, q, k: (large[b, q] >= few[b, k]) & (q == k),
         lambda b, h, q, k: (k <= q - 10) & (k > q - 15),
+        lambda b, h, q, k: bytes_[b, q] - 1 <= bytes_[b, k],
+        lambda b, h, q, k: signed[b, q] + 100 >= signed[b, k] - 100,
+        lambda b, h, q, k: (q - signed[b, 0]) // 2 >= k - bytes_[b, 0],
+        lambda b, h, q, k: (bytes_[b, q] - bytes_[b, 1]) // 2 == (k - 200) // 2 + 101,
+        lambda b, h, q, k: (bytes_[b, q] >= -1) & (signed[b, k] < 300) & (q >= 2**40),
+        lambda b, h, q, k: small[b, q] - 5 <= k - 2**28,
+        lambda b, h, q, k: q + small[b, 0] - 5 <= k - b,
+        lambda b, h, q, k: abs(bytes_[b, q] - bytes_[b, k]) < 9,
+        lambda b, h, q, k: abs(q - signed[b, k]) <= 120,
+        lambda b, h, q, k: q.clamp(min=5) >= k,
         lambda *_: torch.tensor(True),
     ]
 
@@ -606,3 +618,27 @@ def test_cross_attention_of_equal_lengths_masks_no_query() -> None:
         block_mask = adapter.block_mask(2, q_length, 40, 0, 0, both_ways, ~pads)
         mask = create_mask(block_mask.mask_mod, 2, 1, q_length, 40, "cpu")[:, 0]
         assert torch.equal(mask, (~pads)[:, None].expand(-1, q_length, -1))
+
+
+@pytest.mark.parametrize("error", [NameError, torch.OutOfMemoryError, RuntimeError])
+def test_faults_of_our_own_are_not_hidden(
+    error: type[Exception], handed_over: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args):
+        raise error("planted")
+
+    monkeypatch.setattr(adapter, "_find_in_pieces", broken)
+    with pytest.raises(error, match="planted"):
+        adapter.block_mask(1, 8, 8, mask_function=masking_utils.packed_sequence_mask_function(IN_ONE_PLACE))
+    assert not handed_over
+
+
+def test_an_encoder_with_a_window_masks_no_query() -> None:
+    """Nothing says which of its queries are padding, as they may be other tokens than the keys."""
+    pads = torch.zeros(1, 40, dtype=torch.bool)
+    pads[0, 25:] = True
+    window = masking_utils.sliding_window_bidirectional_mask_function(30)
+    for more, sees in (({"allow_is_bidirectional_skip": True}, 40), ({}, 25)):
+        block_mask = adapter.block_mask(1, 40, 40, 0, 0, window, ~pads, **more)
+        mask = create_mask(block_mask.mask_mod, 1, 1, 40, 40, "cpu")
+        assert mask.any(-1).sum() == sees and not mask[..., 25:].any()
