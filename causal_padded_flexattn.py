@@ -23,7 +23,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial, reduce
 from importlib.util import find_spec
 from operator import and_
@@ -325,8 +325,8 @@ def _find_tiles(
     fill_keys = partial(_fill_up, block=kv_block, least=least)
     q_pads, kv_pads, keys = fill_queries(query_pads, value=True), fill_keys(pads, value=True), fill_keys(keys)
     # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
-    of_rows = lambda x: x.view(x.shape[0], 1, -1, 1, q_block).aminmax(dim=-1)
-    of_columns = lambda x: x.view(x.shape[0], 1, 1, -1, kv_block).aminmax(dim=-1)
+    of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
+    of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
     # Padding is moved so far away that no comparison below holds for it. A sum keeps the strides of pads that
     # are a transposed view, and the operator of part 7 promises contiguous tables.
     move = lambda x, padding, far: torch.add(x, padding, alpha=far).contiguous()
@@ -358,6 +358,11 @@ def _find_tiles(
 def _fill_up(x, block, least, value=None):
     missing = max(-x.shape[-1] % block, least * block - x.shape[-1])  # up to whole blocks, so many at least
     return F.pad(x, (0, missing), value=value) if missing else x
+
+
+def _find_ends(x):
+    """The smallest and the largest along the last dimension, .min and .max. One number is both."""
+    return torch.return_types.aminmax((x.squeeze(-1),) * 2) if x.shape[-1] == 1 else x.aminmax(dim=-1)
 
 
 def _list_tiles(tiles):
@@ -430,9 +435,9 @@ def attend(
             floating point number that it computes from `score`. q_idx is 0 for the first query given,
             whatever q_offset is. What changes, differs between layers or is learned must be captured as a
             tensor of one dimension or more, and looked up: `weight[h]`. A number is compiled into a kernel.
-            On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it,
-            as in `log((q_idx - kv_idx).clamp(min=1))`. On other devices it is called once, with tensors of
-            all pairs.
+            Torch 2.11 does not see that a function that score_mod calls has another default argument. On CUDA
+            what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it, as in
+            `log((q_idx - kv_idx).clamp(min=1))`. Other devices call it once, with tensors of all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
         backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which support neither
             score_mod nor return_lse; or "auto" for "flash" where it can be used and was measured to be
@@ -949,9 +954,8 @@ _TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])  # al
 def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, backend):
     query, key, value = (x.resolve_neg() for x in (query, key, value))  # kernels would ignore the sign
     options = _kernel_options(query, key, value, block_mask, backend)
-    inputs = key, value, score_mod, block_mask, scale, return_lse, options
     if torch.compiler.is_compiling():
-        return _flex_attention(query, *inputs)  # the caller compiles
+        return _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options)
     batch, head, token, element = query.stride()
     is_view = batch >= token > head >= element  # of (B, L, Hq, E), as in models
     query = query if is_view or not _keeps_bits() else query.contiguous()
@@ -959,14 +963,20 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
     # So a view of tokens goes in as (B, L, Hq, E), and its output comes out so.
     as_tokens = is_view and torch.is_grad_enabled()
     query = query.transpose(1, 2) if as_tokens else query
+    if _TORCH < (2, 12) and getattr(score_mod, "__defaults__", None):  # which does not see other defaults
+        given = inspect.signature(score_mod).parameters.values()
+        score_mod = partial(score_mod, **{x.name: x.default for x in given if x.default is not x.empty})
+    inputs = key, value, score_mod, block_mask, scale, return_lse, options
+    # Torch would make a variable of the second number that it finds captured at one place, and then fail, or
+    # on 2.11 use the first. The setting has no public name. No public report was found.
     is_own = score_mod is None and _origin_of(block_mask).has_first is not None
-    settings = nullcontext() if is_own else _specialize_numbers()
+    numbers = nullcontext() if is_own else torch._dynamo.config.patch(specialize_float=True)
     try:
         with _LOCK:  # torch breaks where two threads import what it compiles with
             compiled = _compile(_keeps_bits())
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
-        with settings, torch.autograd.set_multithreading_enabled(False):
+        with numbers, torch.autograd.set_multithreading_enabled(False):
             output, lse = compiled(query, *inputs, as_tokens)
     except Exception as error:  # none of these has a public name
         if type(error).__name__ == "FailOnRecompileLimitHit":
@@ -978,18 +988,6 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
             raise
         raise RuntimeError(rule) from error
     return output.transpose(1, 2) if as_tokens else output, lse
-
-
-@contextmanager
-def _specialize_numbers():
-    # Torch would make a variable of the second number that it finds captured at one place, and then fail, or
-    # on 2.11 use the first. The setting has no public name. No public report was found.
-    config = torch._dynamo.config
-    before, config.specialize_float = config.specialize_float, True
-    try:
-        yield
-    finally:
-        config.specialize_float = before
 
 
 _MOST_KERNELS = 64  # torch's own limit is 8
