@@ -197,18 +197,23 @@ def test_same_as_create_block_mask(device: str, problem, as_tensor: bool, block_
 
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=100, deadline=None)
-@given(problem=problems(), q_len=st.integers(1, 18), as_tensor=st.booleans(), block=st.sampled_from([4, 64]))
+@given(
+    problem=problems(),
+    q_len=st.integers(1, 18),
+    as_tensor=st.booleans(),
+    blocks=st.sampled_from([(16, 4), (16, 64), (4, 64)]),
+)
 def test_few_queries_without_gradients_have_one_list(
-    device: str, problem, q_len: int, as_tensor: bool, block: int
+    device: str, problem, q_len: int, as_tensor: bool, blocks: tuple[int, int]
 ) -> None:
     pads, seen = problem[0].to(device), problem[1]
     q_len = min(q_len, pads.shape[1])
     seen |= {"q_len": q_len, "q_offset": min(seen["q_offset"], pads.shape[1] - q_len)}
     options = given_of(seen, device, as_tensor)
     with torch.no_grad():
-        ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=(16, block), **options)
-    assert (ours.full_kv_num_blocks is None) == (q_len <= 16)
-    assert_right(ours, pads, seen, (16, block))
+        ours = create_causal_padding_block_mask(pads, BLOCK_SIZE=blocks, **options)
+    assert (ours.full_kv_num_blocks is None) == (q_len <= blocks[0])
+    assert_right(ours, pads, seen, blocks)
 
 
 @pytest.mark.parametrize("device", DEVICES)

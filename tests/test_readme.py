@@ -40,31 +40,13 @@ def test_each_block_runs_alone_and_after_the_others(
             exec(compile(block, "README.md", "exec"), some)
             shown.append(capsys.readouterr().out)
             outputs.append(some.pop("output", None))
-        textbook, closed, call, to_pads, training, window, masks, decoding, model, parallel = shown
-        for i, heads in ((0, 4), (1, 4), (2, 4), (5, 8)):
-            output = outputs[i]
-            assert output.shape == (2, heads, 300, 64)
+        textbook, _, module, to_pads, _, model, parallel = shown
+        for output in (outputs[i] for i in (0, 1, 2, 4)):
+            assert output.shape == (2, 4, 300, 64)
             assert output[1, :, 120:].count_nonzero() == 0 and output[1, :, :120].count_nonzero() > 0
-        assert outputs[4].shape == (2, 300, 64)
-        assert outputs[7].shape == (2, 8, 1, 64) and outputs[7].isfinite().all() and outputs[7].any()
-        assert to_pads == "True tensor([298, 299,   0,   1])\n"
-        assert closed == "torch.Size([2, 4, 300, 64])\n" and call.count("0.0000") >= 2
         assert re.search(r"^torch.Size\(\[2, 4, 300, 64\]\) \d\d % of the scores skipped$", textbook.strip())
-        gradients = [float(x) for x in re.findall(r"-?\d+\.\d*", training)]
-        assert all(gradients[:2]) and gradients[2:] == [0, 0]
-        assert re.search(r"\d, +\d.*-inf, +-inf\]", window)
-        rows = [int(x.replace(", ", ""), 2) for x in re.findall(r"\[([01, ]{22})\]", masks)]
-        assert rows == [
-            *(0b11100000, 0b11100000, 0b11100000, 0b11110000, 0b11111000, 0b11111100, 0b11111110, 0b11111111),
-            *([0b11100000] * 3 + [0b00011100] * 3 + [0b00000011] * 2),
-            *(0b10000000, 0b11100000, 0b11100000, 0b11110000, 0b11111100, 0b11111100, 0b11111110, 0b11111111),
-            *(0b11000000, 0b11100000, 0b11110000, 0b01111000, 0b00111100, 0b00011110, 0b00001111, 0b00000111),
-            *([0b11111111] * 8),
-            *(0b10000000, 0b11000000, 0b11100000, 0b11110000, 0b11111000, 0b11100100, 0b11100110, 0b11100111),
-        ]
-        assert "tensor([9, 6]" in decoding
-        assert torch.tensor(eval(model, {"tensor": list})).shape == (2, 7)
-        assert parallel == "torch.Size([2, 8, 300, 64])\n"
+        assert module.count("0.0000") == 2 and to_pads == "True tensor([298, 299,   0,   1])\n"
+        assert model == "torch.Size([2, 3, 32000])\n" and parallel == "torch.Size([2, 8, 300, 64])\n"
         assert AttentionMaskInterface()["flex_attention"] is transformers.block_mask
         assert AttentionInterface()["flex_attention"] is transformers.attention
 
@@ -120,23 +102,8 @@ def test_the_closed_form_trains() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    for name in ("speed", "need", "step", "mask-figures"):
+    for name in ("decode", "need", "step", "mask-figures"):
         assert report.TABLES[f"readme-{name}"](RESULTS) in " ".join(README.split()) + README
-
-
-def test_the_page_is_short() -> None:
-    lines = README.splitlines()
-    assert len(lines) <= 280
-    first = {text: next(i for i, line in enumerate(lines, 1) if text in line) for text in PLACES}
-    assert all(first[text] <= least for text, least in PLACES.items()), first
-
-
-PLACES = {  # by which line they stand
-    "def create_padding_mask": 45,
-    " = causal_padded_attention(": 80,
-    "## Do I need it?": 110,
-    "| a decoding step": 140,
-}
 
 
 @pytest.mark.cuda
