@@ -17,6 +17,7 @@ from causal_padded_flexattn import (
     create_causal_padding_block_mask,
     create_padding_mask,
 )
+from causal_padded_integrations import transformers as adapter
 
 
 def _bad(change: dict) -> dict:
@@ -344,3 +345,11 @@ def test_autocast_casts_no_integers(dtype: torch.dtype) -> None:
 def test_the_reference(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cpf.sdpa_reference(**_bad(change))
+
+
+def test_dropout_is_refused() -> None:
+    query = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"flex_attention has no dropout: set attention_dropout to 0; got dropout 0\.1"
+    ):
+        adapter.attention(torch.nn.Module(), query, query, query, None, dropout=0.1)

@@ -304,14 +304,6 @@ def test_models_with_another_soft_cap_in_one_process(device: str, handed_over: l
         torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_refused() -> None:
-    query = torch.zeros(1, 1, 4, 16)
-    with pytest.raises(
-        ValueError, match=r"flex_attention has no dropout: set attention_dropout to 0; got dropout 0\.1"
-    ):
-        adapter.attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("q_length", "kv_length", "q_offset", "kv_offset", "seen"),
@@ -467,6 +459,16 @@ def test_a_mask_function_at_every_pair(seed: int, kind: str, only_listed: list) 
     tiles = create_block_mask(block_mask.mask_mod, batch_size, None, q_length, kv_length, "cpu")
     listed = block_mask.kv_num_blocks + block_mask.full_kv_num_blocks
     assert (tiles.kv_num_blocks + tiles.full_kv_num_blocks <= listed).all()
+
+
+def test_two_runs_that_leave_out_one_key(only_listed: list) -> None:
+    for gap, is_theirs in ((1, True), (0, False)):
+        before = lambda b, h, q, k, gap=gap: k <= q - 3 - gap
+        behind = lambda b, h, q, k: (k >= q - 2) & (k <= q)
+        for functions in ((before, behind), (behind, before)):
+            only_listed.clear()
+            adapter.block_mask(1, 20, 20, mask_function=masking_utils.or_masks(*functions))
+            assert bool(only_listed) == is_theirs
 
 
 COMES_BACK = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 2]])
