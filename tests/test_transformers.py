@@ -388,6 +388,7 @@ def custom_functions(random: Random, batch_size: int, total: int) -> list[Callab
         lambda b, h, q, k: abs(bytes_[b, q] - bytes_[b, k]) < 9,
         lambda b, h, q, k: abs(q - signed[b, k]) <= 120,
         lambda b, h, q, k: q.clamp(min=5) >= k,
+        lambda b, h, q, k: k - 5 <= 2**31 - 1,
         lambda *_: torch.tensor(True),
     ]
 
