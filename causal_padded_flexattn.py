@@ -721,7 +721,7 @@ def _print_times(inputs, grad, pads):
     ways = {  # how to attend, and how to make the mask
         "textbook_attention": ("textbook_attention(q, k, v, pads, mask)", "_textbook_block_mask(pads)"),
         "attend": ("attend(q, k, v, mask)", "create_causal_padding_block_mask(pads)"),
-        "SDPA, explicit mask": ("F.scaled_dot_product_attention(q, k, v, mask)", "_explicit_mask(pads)[0]"),
+        "SDPA, explicit mask": ("sdpa(q, k, v, mask)", "_explicit_mask(pads)[0]"),
     }
     if not pads[:, 0].any():  # real tokens on the left: causality keeps them from seeing the padding
         ways["SDPA, is_causal=True, with the padding"] = ("sdpa(q, k, v, is_causal=True)", "None")
@@ -1127,7 +1127,9 @@ def _is_on_hopper(x):
 
 
 _FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
-_HAS_FLASH = bool(find_spec("flash_attn") and find_spec("flash_attn.cute"))  # no graph can ask
+_HAS_FLASH = False
+with suppress(ImportError):  # asked once, because torch.compile cannot trace it
+    _HAS_FLASH = find_spec("flash_attn.cute") is not None
 
 
 def _can_use_flash(query, key, value, score_mod, return_lse):

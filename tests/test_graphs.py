@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -320,12 +321,19 @@ def test_a_release_that_is_not_final_counts_as_that_release(monkeypatch: pytest.
     assert load_copy("of_a_container", monkeypatch)._TORCH == (2, 15)
 
 
-@pytest.mark.parametrize("found", ["flash_attn flash_attn.cute", "flash_attn", ""])
-def test_flash_is_there_if_its_module_is(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["whole", "FlashAttention 2", "broken"])
+def test_flash_is_there_if_its_module_is(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FlashAttention 2 has the same package, and records of pip may outlive what they record."""
-    find = importlib.util.find_spec
-    its = lambda name: name in found.split() or None
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: its(name) if name.startswith("flash_attn") else find(name)
-    )
-    assert found.endswith("cute") == load_copy("asked_again", monkeypatch)._HAS_FLASH
+    code = "raise ImportError('undefined symbol')" if package == "broken" else ""
+    folder = tmp_path / "flash_attn" / ("" if package == "FlashAttention 2" else "cute")
+    folder.mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    has = load_copy("asked_again", monkeypatch)._HAS_FLASH
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+    assert has == (package == "whole")
