@@ -261,6 +261,16 @@ def test_score_mods_that_ignore_some_of_their_arguments(device: str) -> None:
         check(inputs, grad_output, make_pads("left", 200, device), score_mod=score_mod)
 
 
+@pytest.mark.cuda
+def test_score_mods_that_ignore_the_score_are_refused() -> None:
+    (inputs, _), pads, table = make_inputs("cuda"), make_pads("left", 200, "cuda"), torch.randn(4).cuda()
+    for score_mod in (lambda *_: 0.5, lambda score, b, h, q_idx, kv_idx: table[h]):
+        with pytest.raises(
+            RuntimeError, match="torch could not compile score_mod, which must return a float"
+        ):
+            causal_padded_attention(*inputs, pads, score_mod=score_mod)
+
+
 def test_score_mods_that_ignore_the_score() -> None:
     """On the CPU they are right. On CUDA torch cannot compile them, and that is said."""
     (inputs, _), pads, table = make_inputs("cpu"), make_pads("left", 200, "cpu"), torch.randn(4)
