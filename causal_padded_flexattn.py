@@ -144,8 +144,8 @@ def create_causal_padding_block_mask(
         window: how many places back a query sees, its own included. None means all.
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
             compare places with the length of the sequence instead of looking `pads` up, which is faster.
-            Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU, and a failed
-            assertion on CUDA and in graphs, where it has no vmap. Other devices do not notice it.
+            Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU. On CUDA and in
+            graphs it is a failed assertion, and vmap is not supported. Other devices do not notice it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
             Triton's kernels, blocks of 64 train sequences of up to 4096 tokens faster, from torch 2.14 on.
 
