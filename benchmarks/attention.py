@@ -193,6 +193,7 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
     "the textbook": (textbook, False, False),
+    "the textbook, FLASH": (partial(textbook, kernel_options={"BACKEND": "FLASH"}), False, False),
     "the textbook, one list of tiles": (partial(textbook, separate_full_blocks=False), False, False),
     "the textbook, torchtitan's tiles of 16": (partial(textbook, kernel_options=TORCHTITAN), False, False),
     "flex as transformers runs it": (transformers_flex, False, False),
@@ -311,8 +312,8 @@ OF = {  # the ways of these, where none are named
         "cudnn.flex_attention",
     ],
     "need": [
-        *("ours, auto", "the textbook", "SDPA, is_causal, cuDNN, computes the padding"),
-        "SDPA, explicit mask, cuDNN",
+        *("ours, Triton", "ours, auto", "ours, auto, padding_side", "the textbook", "the textbook, FLASH"),
+        *("SDPA, is_causal, cuDNN, computes the padding", "SDPA, explicit mask, cuDNN"),
     ],
     "same-bits": [
         *("ours, Triton", "ours, Triton, same bits", "the textbook", "the textbook, one list of tiles"),
