@@ -68,7 +68,7 @@ def create_padding_mask(pads: Tensor) -> Callable[..., Tensor]:
 
     Args:
         pads: (B, max_seq_len), torch.bool, True where the token is padding. The mask_mod reads it when
-            attention runs, so leave it unchanged until then.
+            attention runs, so leave it unchanged until the backward pass is done.
 
     Returns:
         The mask_mod. Combine it with `causal` by `torch.nn.attention.flex_attention.and_masks`.
@@ -143,7 +143,7 @@ def create_causal_padding_block_mask(
             because that would wait for the device.
         window: how many places back a query sees, its own included. None means all.
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
-            compare places with the length of the sequence instead of looking `pads` up, which is faster.
+            compare places with the first or the last real one instead of looking `pads` up: this is faster.
             Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU. On CUDA and in
             graphs it is a failed assertion, and vmap is not supported. Other devices do not notice it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
@@ -180,10 +180,10 @@ def create_block_mask_from_runs(
     A tile is a block of queries against a block of keys, and a pair is one query and one key of it. The
     smallest and the largest numbers in its two blocks tell what it is:
 
-        some pair is allowed:   max(last) >= min(key)  and  max(key) >= min(first)
-        every pair is allowed:  min(last) >= max(key)  and  min(key) >= max(first)
+        some pair may be allowed:   max(last) >= min(key)  and  max(key) >= min(first)
+        every pair is allowed:      min(last) >= max(key)  and  min(key) >= max(first)
 
-    A tile in which no pair is allowed is skipped. A tile in which every pair is allowed is full: the kernel
+    A tile in which no pair may be allowed is skipped. One in which every pair is allowed is full: the kernel
     computes it without asking the mask_mod. The rest are partial. Padding needs no rule of its own: a padded
     query has an empty run, and a padded key counts as out of reach. `until` adds one more comparison.
 
@@ -204,10 +204,10 @@ def create_block_mask_from_runs(
         a prefix of n tokens, right padding   None, place.clamp(min=n - 1)
         chunks of n, and the chunk before     (place // n - 1) * n, place // n * n + n - 1
 
-    The runs may stand in any order. Where neither end falls from one query to the next, every real query sees
-    a real key, and no real key between two runs is left out, the tiles are exactly those of
-    `create_block_mask`. Otherwise a tile in which no pair is allowed may be computed too. That takes time and
-    changes no result.
+    The runs may stand in any order. Without `until`, where neither end falls from one query to the next,
+    every real query sees a real key, and each real key between two runs is in some run, the tiles are those
+    of `create_block_mask`. Otherwise a tile in which no pair is allowed may be computed too. That takes time
+    and changes no result.
 
     Args:
         first, last: (L,) or (B, L), integers of any size: the places of the first and of the last key that
@@ -238,7 +238,7 @@ def create_block_mask_from_runs(
 
 
 _END = 2**29  # a place behind the end of every sequence
-_FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 holds twice as much
+_FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 holds both together
 
 
 class _Origin(NamedTuple):
@@ -256,7 +256,7 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     """The lists of tiles and a mask_mod: the conjunction of rules, or else of look-ups in the runs."""
     q_len, (q_block, kv_block) = query_pads.shape[1], blocks
     decodes = not torch.is_grad_enabled() and q_len <= min(_MOST_DECODING_QUERIES, q_block)  # part 7
-    # Graphs ask whether a size is 1. With two blocks at least, one graph serves all lengths (part 7).
+    # Compiled graphs ask whether a size is 1. With two blocks at least, one serves all lengths (part 7).
     find_tiles, least = (_find_tiles_operator, 2) if torch.compiler.is_compiling() else (_find_tiles, 1)
     tables, lists = find_tiles(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes)
     origin = _Origin(first is not None, rules is not None)
@@ -475,7 +475,7 @@ def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend
 def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse):
     """For the CPU, where flex_attention has no gradients and needs a C++ compiler, and for other devices."""
     device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # which would round what is wide here
+    if device != "meta" and torch.is_autocast_enabled(device):  # which would round the float32 below
         with torch.autocast(device, enabled=False):
             return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
@@ -555,7 +555,7 @@ def sdpa_reference(
     """
     _check_inputs(query, key, value, None, pads=pads)
     _require(query.shape[2] <= pads.shape[1], "the queries must lie among the keys", query=query, pads=pads)
-    # There a kernel reads the mask at a wrong place, https://github.com/pytorch/pytorch/issues/187227.
+    # Before torch 2.12 a kernel misreads larger masks, https://github.com/pytorch/pytorch/issues/187227.
     fits = query.shape[2] * pads.shape[1] <= 2**32 or _TORCH >= (2, 12)
     _require(fits, "torch 2.11 has masks of at most 2**32 scores: pass fewer queries", query=query, pads=pads)
     mask, empty = _explicit_mask(pads, query.shape[2], causal)
@@ -967,8 +967,8 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
         given = inspect.signature(score_mod).parameters.values()
         score_mod = partial(score_mod, **{x.name: x.default for x in given if x.default is not x.empty})
     inputs = key, value, score_mod, block_mask, scale, return_lse, options
-    # Torch would make a variable of the second number that it finds captured at one place, and then fail, or
-    # on 2.11 use the first. The setting has no public name. No public report was found.
+    # A second value of a number that score_mod captures would become a variable: torch would then fail, or on
+    # 2.11 use the first value. The setting has no public name. No public report was found.
     is_own = score_mod is None and _origin_of(block_mask).has_first is not None
     numbers = nullcontext() if is_own else torch._dynamo.config.patch(specialize_float=True)
     try:
@@ -1143,7 +1143,7 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
 def _is_faster_with_flash(query, key, block_mask):
     # Where the gain outweighs the cost of launching. How much is padding only the device knows.
     is_usual = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
-    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed  # once for a row: it gains earlier
+    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed  # once for a row
     is_large = query.numel() * ((keys + 2048) // 2 if is_computed else keys) >= _FLASH_FROM  # as measured
     return is_usual and is_large and not torch.are_deterministic_algorithms_enabled()
 
