@@ -19,7 +19,7 @@ LENGTH, N = 200, 48  # of a sequence, and of what a kind of mask is about: a win
 
 
 def kinds(pads: torch.Tensor, length: int = LENGTH, n: int = N) -> dict:
-    """For each kind first, last and until, and its mask_mod."""
+    """For each kind first, last and until (the last query that sees each key), and its mask_mod."""
     place, more = torch.arange(length), n // 4
     chunk, begin = place // n, pads.int().argmin(1, keepdim=True)  # (S,); (B, 1), the first real token
     # Packed rows: several sequences in one, as position_ids or numbers of documents tell.
