@@ -1141,10 +1141,10 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
 
 
 def _is_faster_with_flash(query, key, block_mask):
-    # Where the gain outweighs the cost of launching. How much is padding only the device knows.
+    # Where the gain outweighs the cost of launching, as measured. How much is padding only the device knows.
     is_usual = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
-    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed  # once for a row
-    is_large = query.numel() * ((keys + 2048) // 2 if is_computed else keys) >= _FLASH_FROM  # as measured
+    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed
+    is_large = query.numel() * ((keys + 2048) // 2 if is_computed else keys) >= _FLASH_FROM
     return is_usual and is_large and not torch.are_deterministic_algorithms_enabled()
 
 

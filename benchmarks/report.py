@@ -87,7 +87,7 @@ def scaling_table(folder: Path) -> str:
     for row in result["results"]:
         cell = row.get("not_measured")
         if cell is None:
-            both = row["forward_ms"][1] + row["backward_ms"][1]
+            both = both_ms(row)
             cell = f"{both:.{1 if both < 100 else 0}f} ({row.get('peak_mib', 0) / 1024:.1f})"
         cells.setdefault(row["way"], [row["way"]]).append(cell)
     lines = table(["ms (GiB)", *map(spaced, lengths)], list(cells.values()))
@@ -99,7 +99,7 @@ def same_bits_table(folder: Path) -> str:
     result, cells = load("same_bits", folder), dict[str, dict[str, float]]()
     for row in result["results"]:
         if "forward_ms" in row:
-            both = row["forward_ms"][1] + row["backward_ms"][1]
+            both = both_ms(row)
             cells.setdefault(str(Case.of(row)), {})[row["way"]] = both
     rows: list[list[str]] = []
     for case, times in cells.items():

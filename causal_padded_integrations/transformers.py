@@ -335,10 +335,10 @@ def _compare(x, how, y):
     if isinstance(y, _Numbers) and y.side == "key":
         x, how, y = y, {lt: gt, le: ge, gt: lt, ge: le, eq: eq}[how], x
     if _is_int(y):
-        # Torch would make a number of a small type of it.
+        # Torch converts it to the type of the table, where it may not fit.
         if x.kind == "table" and not _fits(y, x.base.dtype):
             raise TypeError
-        is_near = _fits(y, torch.int32) and -_END < y < _END
+        is_near = -_END < y < _END
         dtype, kind = (torch.int32, "place") if is_near else (torch.int64, "table")
         y = _Numbers("batch", torch.full_like(x.base[:1, :1], y, dtype=dtype), 0, kind)
     if not isinstance(y, _Numbers) or y.side == "key":

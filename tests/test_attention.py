@@ -288,13 +288,12 @@ def test_score_mods_that_ignore_the_score() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_with_a_sign(device: str) -> None:
     """The imaginary part of a conjugate is the other's with a flag that says minus."""
-    pads, (_, grad_output) = make_pads("right", 200, device), make_inputs(device)
+    pads = make_pads("right", 200, device)
     inputs = [torch.randn(3, n, 200, 64, dtype=torch.complex64, device=device).conj().imag for n in (4, 2, 2)]
     assert all(x.is_neg() for x in inputs)
     ours = causal_padded_attention(*inputs, pads)
     exact = exact_attention(*(x.resolve_neg().double() for x in inputs), explicit_mask(pads))
     torch.testing.assert_close(ours, exact.float(), rtol=1e-3, atol=1e-4)
-    assert not grad_output.is_neg()
 
 
 @pytest.mark.parametrize("device", DEVICES)

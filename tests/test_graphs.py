@@ -211,7 +211,15 @@ def test_lengths_in_a_callers_graph(name: str, device: str, compilations: Callab
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     ("name", "example"),
-    [("causal", 40), ("causal", 300), ("window", 40), ("packed", 300), ("padding_side", 40), ("encoder", 40)],
+    [
+        ("causal", 40),
+        ("causal", 300),
+        ("window", 40),
+        ("packed", 300),
+        ("padding_side", 40),
+        ("encoder", 40),
+        ("local encoder", 300),
+    ],
 )
 def test_exported_with_a_length_that_is_dynamic(name: str, example: int, strict: bool) -> None:
     """One program serves one block of tokens and several, and can be saved."""
