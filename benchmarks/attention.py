@@ -116,7 +116,7 @@ def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
     return attention
 
 
-def varlen(batch: Batch, package: str) -> Attention:
+def varlen(batch: Batch, package: str, chooses: bool = False) -> Attention:
     require(batch.device == "cuda", "needs CUDA")
     longest, reach = max(batch.case.pieces()), (batch.case.window or 0) - 1
     if package == "torch":
@@ -127,8 +127,13 @@ def varlen(batch: Batch, package: str) -> Attention:
         options = {"window_size": (reach, 0)} | ({"enable_gqa": True} if grouped else {})
 
         def attention(*inputs: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # where it may choose, it takes cuDNN
-                return varlen_attn(*inputs, *lengths, **options)
+            try:
+                with sdpa_kernel(
+                    [SDPBackend.FLASH_ATTENTION, *([SDPBackend.CUDNN_ATTENTION] if chooses else [])]
+                ):
+                    return varlen_attn(*inputs, *lengths, **options)
+            except RuntimeError as error:  # where this cuDNN is older than the one torch is made for
+                raise NotMeasuredError(str(error).splitlines()[0]) from error
 
         return attention
     options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
@@ -202,6 +207,7 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "SDPA, is_causal, cuDNN, computes the padding": (partial(cudnn, explicit=False), False, False),
     "FlashAttention-2 varlen (torch), padded to padded": (fa2, False, True),
     "FlashAttention-2 varlen (torch), already packed": (fa2, True, False),
+    "varlen_attn as torch chooses, already packed": (partial(fa2, chooses=True), True, False),
     "FlashAttention-4 with lengths, padded rows zeroed": (with_lengths, False, False),
     "FlashAttention-4 varlen, padded to padded": (fa4, False, True),
     "FlashAttention-4 varlen, already packed": (fa4, True, False),
@@ -299,6 +305,7 @@ OF = {  # the ways of these, where none are named
         *("ours, auto", "ours, Triton", "SDPA, explicit mask, cuDNN"),
         "SDPA, is_causal, cuDNN, computes the padding",
         "FlashAttention-2 varlen (torch), padded to padded",
+        "varlen_attn as torch chooses, already packed",
         *RIVALS,
     ],
     "window": MASKED,

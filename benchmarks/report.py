@@ -8,7 +8,7 @@ from pathlib import Path
 from attention import LARGE, SMALL
 from cases import Case
 from common import Row, load, made_with, parser_of
-from decode import WAYS, Step
+from decode import Step
 from models import CACHES, ROUNDS
 
 
@@ -211,7 +211,8 @@ def decode_table(folder: Path) -> str:
     for row in result["results"]:
         of_step = cells.setdefault(Step.of(row), {"limit": f"{row['limit_ms']:.3f}"})
         of_step[row["way"]] = f"{row['ms']:.3f} ({row['host_ms']:.2f})" if "ms" in row else ""
-    ways = ["limit", *list(WAYS)[1:], "block mask"]
+    measured = dict.fromkeys(row["way"] for row in result["results"])
+    ways = ["limit", *(way for way in measured if way != "block mask"), "block mask"]
     rows = [[str(step), *(row.get(way, "") for way in ways)] for step, row in cells.items()]
     header = ["ms (host ms)", *ways[:-1], "our block mask, once for all layers"]
     return "\n".join([*table(header, rows), "", made_with(result)])
