@@ -9,7 +9,7 @@
 
 A mask_mod says which pairs of a query and a key are allowed. A block mask lists the tiles, blocks of scores,
 that hold such pairs. Part 1 is the textbook: attention as FlexAttention's documentation has it. Part 2 finds
-the block mask without evaluating every score. Part 3 is the attention to use, part 4 a reference. Part 5 is
+the block mask without asking about every pair. Part 3 is the attention to use, part 4 a reference. Part 5 is
 the demonstration: run as a script, this file checks itself, times itself on a GPU, and draws the mask. Parts
 6 to 8 check arguments and choose kernels. To vendor the file, copy all of it, or leave out parts 4 and 5 and
 the last two lines. All but the figure needs torch alone.
@@ -28,7 +28,7 @@ from functools import cache, partial, reduce
 from importlib.util import find_spec
 from operator import and_
 from types import CellType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,17 +127,17 @@ def create_causal_padding_block_mask(
 ) -> BlockMask:  # fmt: skip
     """Build the BlockMask of causal attention over a padded batch in closed form.
 
-    `create_block_mask` evaluates every score to find out which tiles to compute. Here the smallest and the
-    largest place in each block tell, as `create_block_mask_from_runs` explains. Build the mask once for a
-    batch, or once for each kind of layer, and share it between layers. Building it compiles nothing, does
-    not wait for the device, and needs memory for the tokens and the tiles only.
+    `create_block_mask` asks the mask_mod about every pair of a query and a key. Here the smallest and the
+    largest place in each block tell which tiles to compute, as `create_block_mask_from_runs` explains. Build
+    the mask once for a batch, or once for each kind of layer, and share it between layers. Building it
+    compiles nothing, does not wait for the device, and needs memory for the tokens and the tiles only.
 
     Args:
         pads: (B, S), torch.bool, True where the key is padding. In a preallocated cache, what is not written
             yet is padding too: give q_offset there, since by default the queries stand at the end of the
             cache, count as padding and give zeros. Attention reads `pads` again, so leave it unchanged until
             the backward pass is done.
-        q_len: L, the number of queries. None means as many as fit behind q_offset.
+        q_len: L, the number of queries. None means as many as fit from q_offset on.
         q_offset: the place of the first query on the axis of the keys. None means S - L: the queries are the
             last tokens. A 0-d integer tensor is accepted if q_len is given. Its value is not checked here,
             because that would wait for the device.
@@ -146,8 +146,8 @@ def create_causal_padding_block_mask(
             compare places with the first or the last real one instead of looking `pads` up: this is faster.
             Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU. On CUDA and in
             graphs it is a failed assertion, and vmap is not supported. Other devices do not notice it.
-        BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). With
-            Triton's kernels, blocks of 64 train sequences of up to 4096 tokens faster, from torch 2.14 on.
+        BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). From
+            torch 2.14 on, Triton's kernels train sequences of up to 4096 tokens faster in blocks of 64.
 
     Returns:
         A BlockMask of shape (B, 1, L, S), which serves any number of heads. Made under `torch.no_grad` for up
@@ -166,8 +166,9 @@ def create_causal_padding_block_mask(
         queries = keys[q_offset : q_offset + q_len]
         query_pads = pads if q_len == pads.shape[1] else pads[:, q_offset : q_offset + q_len]
     first = None if window is None else queries - (min(window, _END) - 1)
-    is_computed = padding_side is not None and q_len == pads.shape[1]  # otherwise runs are looked up
-    rules = _make_rules(pads, window, padding_side) if is_computed else None
+    rules = None  # the mask_mod looks runs up, or computes them
+    if padding_side is not None and q_len == pads.shape[1]:
+        rules = _make_rules(pads, window, padding_side)
     return _build_block_mask(first, queries, None, keys, pads, query_pads, blocks, rules)
 
 
@@ -237,19 +238,16 @@ def create_block_mask_from_runs(
     return _build_block_mask(first, last, until, keys, pads, query_pads, blocks)
 
 
-_END = 2**29  # a place behind the end of every sequence
+_END = 2**29  # a place past the end of every sequence
 _FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 holds both together
 
 
-class _Origin(NamedTuple):
-    """What part 7 chooses a kernel by, noted on a mask_mod. It outlives `.to()`, not and_masks."""
+def _has_first(block_mask):
+    """Whether runs may begin after the first key, as part 7 asks. None: the mask was not made here.
 
-    has_first: bool | None = None  # whether runs may begin behind the first key; None: it was not made here
-    is_computed: bool = False  # whether the mask_mod compares places, instead of looking runs up
-
-
-def _origin_of(block_mask):
-    return getattr(getattr(block_mask, "mask_mod", None), "origin", _Origin())
+    It is noted on the mask_mod, where it outlives `.to()`, and is lost in and_masks.
+    """
+    return getattr(getattr(block_mask, "mask_mod", None), "has_first", None)
 
 
 def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=None):
@@ -259,7 +257,6 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     # Compiled graphs ask whether a size is 1. With two blocks at least, one serves all lengths (part 7).
     find_tiles, least = (_find_tiles_operator, 2) if torch.compiler.is_compiling() else (_find_tiles, 1)
     tables, lists = find_tiles(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes)
-    origin = _Origin(first is not None, rules is not None)
     # Rules capture tensors. A number that they capture would be compiled in: a kernel for each value.
     if rules is None:
         last_key = tables[0]  # below every key where the query is padding
@@ -276,7 +273,7 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     def mask_mod(b, h, q_idx, kv_idx):
         return reduce(and_, [rule(b, h, q_idx, kv_idx) for rule in rules])
 
-    mask_mod.origin = origin  # type: ignore[attr-defined]
+    mask_mod.has_first = first is not None  # type: ignore[attr-defined]
     if decodes:
         parts = [x[0] for x in lists] + [None] * 6  # no full tiles, and nothing for a backward pass
     else:
@@ -287,14 +284,10 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
 
 
 def _make_rules(pads, window, padding_side):
-    """mask_mods that compute the runs, where query i is token i and all padding stands on one side.
-
-    Each compares kv_idx with a number that depends on the query alone. FlashAttention-4's kernels, those of
-    backend="flash", compute such a number once for a row. `q_idx < end[b]`, as a rule of its own, is slower.
-    """
-    if padding_side == "right":
+    """mask_mods that compute the runs, where query i is token i and all padding stands on one side."""
+    if padding_side == "right":  # no real query sees as far as the padding
         end = (~pads).sum(1, dtype=torch.int32)  # (B,)
-        rules = [lambda b, h, q_idx, kv_idx: kv_idx <= torch.where(q_idx < end[b], q_idx, -1)]
+        rules = [causal, lambda b, h, q_idx, kv_idx: q_idx < end[b]]
     else:
         begin = pads.sum(1, dtype=torch.int32)  # (B,)
         rules = [causal, lambda b, h, q_idx, kv_idx: kv_idx >= begin[b]]
@@ -420,12 +413,11 @@ def attend(
 ) -> Any:  # fmt: skip
     """Attention by FlexAttention: softmax(scale query keyᵀ) value, where the block mask allows it.
 
-    CUDA runs compiled kernels. Other devices run plain operators, which need memory for every score. Under
-    `torch.use_deterministic_algorithms(True)` a sequence gets the same bits whatever shares its batch, as far
-    as part 8 of this file says.
+    CUDA runs compiled kernels. Other devices run plain operators, which need memory for every score. Part 8
+    of this file says when a sequence gets the same bits whatever shares its batch.
 
     Args:
-        query: (B, Hq, L, E). A transposed view of (B, L, Hq, E) is not copied, nor of key and value.
+        query: (B, Hq, L, E). Kernels read a transposed view of (B, L, Hq, E) as it is, also of key and value.
         key: (B, Hkv, S, E). Query head i reads key head i // (Hq // Hkv).
         value: (B, Hkv, S, Ev).
         block_mask: what one of the functions above made, or any other BlockMask of shape (B, 1 or Hq, L, S).
@@ -433,15 +425,19 @@ def attend(
             compiles a kernel. For one that changes in training pass 1.0, and multiply in a score_mod.
         score_mod: flex_attention's function of score, b, h, q_idx and kv_idx that returns the score to use, a
             floating point number that it computes from `score`. q_idx is 0 for the first query given,
-            whatever q_offset is. What changes, differs between layers or is learned must be captured as a
-            tensor of one dimension or more, and looked up: `weight[h]`. A number is compiled into a kernel.
-            Torch 2.11 does not see that a function that score_mod calls has another default argument. On CUDA
-            what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it, as in
-            `log((q_idx - kv_idx).clamp(min=1))`. Other devices call it once, with tensors of all pairs.
+            whatever q_offset is. Other devices than CUDA call it once, with tensors of all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
-        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which support neither
-            score_mod nor return_lse; or "auto" for "flash" where it can be used and was measured to be
+        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which need its package, a
+            Hopper card, half precision, heads of up to 128 and no score_mod, and before torch 2.15 as many
+            queries as keys and no return_lse; or "auto" for "flash" where it fits and was measured to be
             faster, which is for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
+
+    What a score_mod captures:
+        - What changes, differs between layers or is learned must be a tensor of one dimension or more, which
+          score_mod looks up: `weight[h]`. A number is compiled into a kernel.
+        - On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it, as
+          in `log((q_idx - kv_idx).clamp(min=1))`.
+        - Torch 2.11 does not see that a function that score_mod calls has another default argument.
 
     Returns:
         (B, Hq, L, Ev). Rows of queries that see no key, such as padding, are exact zeros, and give exact zero
@@ -486,7 +482,7 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
     sizes = enumerate(scores.shape)
     places = [torch.arange(n, device=query.device).view(-1, *[1] * (3 - i)) for i, n in sizes]  # broadcast
     mask = None
-    if _origin_of(block_mask).has_first is not None:
+    if _has_first(block_mask) is not None:
         mask = block_mask.mask_mod(*places)  # (B or 1, 1, L, S)
     elif block_mask is not None:  # it was not made here: kernels skip tiles that are not listed
         _, heads, q_len, kv_len = block_mask.shape
@@ -833,8 +829,8 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     _require(backend in ("auto", "triton", "flash"), rule, backend=backend)
     if backend == "flash":
         rule = 'backend="flash" needs flash-attn-4 (pip install --pre flash-attn-4), a Hopper card, float16 '
-        rule += "or bfloat16, head sizes that are multiples of 8 up to 128, as many queries as keys, and "
-        rule += 'neither score_mod nor return_lse; pass "auto"'
+        rule += "or bfloat16, head sizes that are multiples of 8 up to 128, no score_mod, and for return_lse "
+        rule += 'or where queries are not the keys torch 2.15 and at least 128 queries; pass "auto"'
         _require(_can_use_flash(query, key, value, score_mod, return_lse), rule, **tensors)
         rule = 'backend="flash" adds gradients up in any order: under deterministic algorithms pass "auto"'
         _require(not torch.are_deterministic_algorithms_enabled(), rule)
@@ -969,7 +965,7 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
     inputs = key, value, score_mod, block_mask, scale, return_lse, options
     # A second value of a number that score_mod captures would become a variable: torch would then fail, or on
     # 2.11 use the first value. The setting has no public name. No public report was found.
-    is_own = score_mod is None and _origin_of(block_mask).has_first is not None
+    is_own = score_mod is None and _has_first(block_mask) is not None
     numbers = nullcontext() if is_own else torch._dynamo.config.patch(specialize_float=True)
     try:
         with _LOCK:  # torch breaks where two threads import what it compiles with
@@ -1011,7 +1007,7 @@ def _compile(same_bits):
         options["unroll_reductions_threshold"] = _MOST_SPLITS + 1
     # With fullgraph torch raises at the limit; else it would run uncompiled, with memory for every score.
     how: dict[str, Any] = {"fullgraph": True, "options": options, "recompile_limit": _MOST_KERNELS}
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch 2.11
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch 2.11: one for all
         least = how.pop("recompile_limit")
         torch.compiler.config.recompile_limit = max(least, torch.compiler.config.recompile_limit)
     return torch.compile(_flex_attention, **how)
@@ -1020,8 +1016,8 @@ def _compile(same_bits):
 def _flex_attention(query, key, value, score_mod, block_mask, scale, return_lse, options, as_tokens=False):
     query = query.transpose(1, 2) if as_tokens else query  # (B, Hq, L, E)
     batch_size, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
-    # A trace can only follow a loop whose length it knows, so these sizes become constants of the kernel. It
-    # is faster so, and the kernel for decoding needs the batch size, too.
+    # A trace can only follow a loop whose length it knows, so these sizes become constants of the kernel,
+    # which is faster for it. The kernel for decoding needs the batch size, too.
     for size in (heads, kv_heads, batch_size)[: 3 if options["BACKEND"] == "TRITON_DECODE" else 2]:
         for _ in range(size):
             pass
@@ -1055,7 +1051,7 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     on_hopper = _is_on_hopper(query) and query.element_size() == 2
     size, value_size = query.shape[3], value.shape[3]
     is_64, is_128 = on_hopper and size <= 64, on_hopper and max(size, value_size) == 128
-    is_short, has_first = query.shape[2] < 128, _origin_of(block_mask).has_first
+    is_short, has_first = query.shape[2] < 128, _has_first(block_mask)
     # Torch compiles loads by descriptor (TMA) also for rows that begin between multiples of 16 bytes, and
     # then reads wrongly; while a caller's graph is traced, where they begin cannot be asked.
     between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
@@ -1069,8 +1065,8 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
         (is_128 and is_short, _steps(64, 64) | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
         # Two programs share a multiprocessor: one multiplies while the other exponentiates.
         (is_128 and not is_short and has_first is False, {"fwd_num_stages": 2, "fwd_num_warps": 4} | tma),
-        # But where runs begin late, by a window or documents, tiles are cut at both ends: larger steps gain.
-        (is_128 and not is_short and has_first is True, {"fwd_BLOCK_N": 128}),
+        # But where a window or packed rows cut tiles at both ends, larger steps gain.
+        (is_128 and not is_short and has_first, {"fwd_BLOCK_N": 128}),
         # Torch's own steps spill registers forward, and are slower backward.
         (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | _steps(64, 64, "bwd")),
         # Torch's own steps of wide heads do not fit into shared memory, and few loads of them do.
@@ -1136,15 +1132,15 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
     is_here = _HAS_FLASH and _is_on_hopper(query)  # the only kind of card it was tried on
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     sizes_fit = not any(size % 8 or size > 128 for size in (query.shape[3], value.shape[3]))
-    is_plain = score_mod is None and not return_lse  # torch 2.11 compiles few score_mods and scales the lse
-    return is_here and is_half and sizes_fit and is_plain and query.shape[2] == key.shape[2]
+    is_plain = query.shape[2] == key.shape[2] and not return_lse
+    fits = is_plain or (_TORCH >= (2, 15) and query.shape[2] >= 128)  # torch 2.11 cannot; fewer: not tried
+    return is_here and is_half and sizes_fit and score_mod is None and fits  # score_mods are slower in some
 
 
 def _is_faster_with_flash(query, key, block_mask):
     # Where the gain outweighs the cost of launching, as measured. How much is padding only the device knows.
     is_usual = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
-    keys, is_computed = key.shape[2], _origin_of(block_mask).is_computed
-    is_large = query.numel() * ((keys + 2048) // 2 if is_computed else keys) >= _FLASH_FROM
+    is_large = query.numel() * key.shape[2] >= _FLASH_FROM
     return is_usual and is_large and not torch.are_deterministic_algorithms_enabled()
 
 

@@ -37,8 +37,8 @@ def register(padding_side: str | None = None) -> None:
 
     Args:
         padding_side: "right" or "left" promises that all padding stands there, in every batch that is not
-            decoded. Causal masks without a window are then faster. `create_causal_padding_block_mask` says
-            what happens if the promise is broken.
+            decoded. Causal masks, with a window or without, are then faster to attend with. What happens if
+            the promise is broken is told in `create_causal_padding_block_mask`.
 
     Raises:
         ValueError: the padding_side is another word.
@@ -82,10 +82,11 @@ def block_mask(
         pads = F.pad(pads, (0, kv_length - pads.shape[1]), value=True)  # what a static cache has room for
     offset = q_offset - kv_offset if kv_offset else q_offset
     offset = offset.reshape(()) if isinstance(offset, Tensor) else offset  # (1,) in some versions
+    side = padding_side if q_length == kv_length else None  # a cache has room for what comes
+    causal = partial(create_causal_padding_block_mask, pads, q_length, q_offset=offset, padding_side=side)
     # A decoder makes this one at every step, so it goes the shortest way.
     if mask_function in (None, masking_utils.causal_mask_function):
-        side = padding_side if q_length == kv_length else None  # a cache has room for what comes
-        return create_causal_padding_block_mask(pads, q_length, q_offset=offset, padding_side=side)
+        return causal()
     keys = torch.arange(kv_length, dtype=torch.int32, device=device)
     if isinstance(offset, Tensor) and q_length == 1:
         queries = offset.reshape(1).int()  # (L,), their places among the keys
@@ -98,7 +99,11 @@ def block_mask(
         query_pads = pads.index_select(1, queries)
     try:
         own_pads = None if attention_mask is None else pads
-        first, last, is_run = _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, own_pads)
+        run = _find_run_of(mask_function, batch_size, keys, queries, kv_offset, own_pads)
+        back, ahead = run.reach
+        if side is not None and back is not None and back <= 0 and ahead == 0:  # a window
+            return causal(window=1 - back)
+        first, last, is_run = _tables_of(run, queries)
         is_run = is_run if is_run is True else torch.all(is_run | query_pads)
         if is_run is not True and torch.compiler.is_compiling():
             # It has no public name.
@@ -138,15 +143,19 @@ def block_mask(
 # calculated in its own type, as transformers does, so that bytes wrap around in the same way.
 
 
-def _find_runs_of(mask_function, batch_size, keys, queries, kv_offset, pads):
+def _find_run_of(mask_function, batch_size, keys, queries, kv_offset, pads):
+    """The _Run of keys that each query sees."""
+    batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
+    query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
+    with _LookUp(queries, pads):
+        return _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
+
+
+def _tables_of(run, queries):
     """The first and the last key that each query sees, and whether it sees all real keys between them.
 
     The first two are (B or 1, L). A first of None stands for 0. A plain True stands for all queries.
     """
-    batch = torch.arange(batch_size, dtype=torch.int32, device=keys.device)[:, None]
-    query, key = (_Numbers(side, x[None], kv_offset) for side, x in (("query", queries), ("key", keys)))
-    with _LookUp(queries, pads):
-        run = _as_run(mask_function(_Numbers("batch", batch), _StandIn(), query, key))
     last = run.last if isinstance(run.last, Tensor) else queries.new_full((1, 1), run.last)
     near = lambda x: x if x.dtype == torch.int32 else x.clamp(-1, _END).int()
     as_table = lambda x: near(x).expand(-1, queries.shape[0])
@@ -273,10 +282,14 @@ class _Run(_StandIn):
 
     A table whose numbers fall is searched piece by piece, so that the answer may be known for some keys only:
     those from known_from to known_to. A known_to of _END says that it is known for all keys.
+
+    Where the first or the last is the query's own place plus a plain number, `reach` has this number, so that
+    a window is known as such. Otherwise it has None.
     """
 
-    def __init__(self, first=0, last=_END, known_from=0, known_to=_END):
+    def __init__(self, first=0, last=_END, known_from=0, known_to=_END, reach=(None, None)):
         self.first, self.last, self.known_from, self.known_to = first, last, known_from, known_to
+        self.reach = reach
 
     def to(self, device):
         return self
@@ -294,7 +307,13 @@ class _Run(_StandIn):
                 known_from = torch.where(is_settled, 0, known_from)
                 known_to = torch.where(is_settled, _END, known_to)
         first = _choose(torch.maximum, self.first, other.first)
-        return _Run(first, _choose(torch.minimum, self.last, other.last), known_from, known_to)
+        last = _choose(torch.minimum, self.last, other.last)
+        limits = zip((self.first, self.last), (other.first, other.last), self.reach, other.reach, strict=True)
+        reach = [
+            theirs if not isinstance(x, Tensor) else None if isinstance(y, Tensor) else mine
+            for x, y, mine, theirs in limits
+        ]
+        return _Run(first, last, known_from, known_to, reach)
 
     def __or__(self, other):
         other, ends = _as_run(other), []
@@ -345,8 +364,9 @@ def _compare(x, how, y):
         raise TypeError
     if x.side != "key":  # all keys, or none
         return _Run(0, torch.where(how(x.values, y.values), _END, -1))
-    known_from, known_to = 0, _END
+    known_from, known_to, reach = 0, _END, None
     if x.kind == "place":  # each number is one place
+        reach = y.shift - x.shift if (y.side, y.kind) == ("query", "place") else None
         if y.kind == "table":
             y = _Numbers(y.side, y.values.long().clamp(-_END, _END))
         begin = end = _Numbers(y.side, y.base, y.shift - x.shift)
@@ -360,7 +380,9 @@ def _compare(x, how, y):
         begin, end = _Numbers("query", begin), _Numbers("query", end)
     first = begin.values if how in (ge, eq) else (end + 1).values if how is gt else 0
     last = end.values if how in (le, eq) else (begin - 1).values if how is lt else _END
-    return _Run(first, last, known_from, known_to)
+    more = {gt: 1, lt: -1}.get(how, 0)
+    reaches = [reach + more if reach is not None and isinstance(x, Tensor) else None for x in (first, last)]
+    return _Run(first, last, known_from, known_to, reaches)
 
 
 def _search(keys, wanted):

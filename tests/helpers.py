@@ -15,6 +15,7 @@ from conftest import (
     written_out,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import causal_padded_flexattn as cpf
 from causal_padded_flexattn import (
@@ -165,6 +166,21 @@ def soft_cap(score, b, h, q_idx, kv_idx):
 def make_alibi(device: str):
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], device=device)
     return lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx).abs()
+
+
+class _LookUps(TorchFunctionMode):
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.__getitem__ and args[0].dim() == 2
+        return function(*args, **(kwargs or {}))
+
+
+def looks_up(block_mask) -> bool:
+    """Whether its mask_mod reads tables of tokens, (B, L) or (B, S)."""
+    with _LookUps() as mode:
+        block_mask.mask_mod(*torch.zeros(4, dtype=torch.int32).unbind())
+    return mode.count > 0
 
 
 def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

@@ -344,6 +344,18 @@ def test_a_variable_that_is_not_there_yet() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_len", [200, 3])
 def test_log_sum_exp(device: str, dtype: torch.dtype, q_len: int) -> None:
+    check_log_sum_exp(device, dtype, q_len)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(cpf._TORCH < (2, 15), reason="torch 2.15 is the first that was tried")
+@pytest.mark.parametrize("q_len", [200, 130])
+def test_log_sum_exp_with_flash(q_len: int) -> None:
+    pytest.importorskip("flash_attn.cute")
+    check_log_sum_exp("cuda", torch.bfloat16, q_len, backend="flash")
+
+
+def check_log_sum_exp(device: str, dtype: torch.dtype, q_len: int, **how: str) -> None:
     """Values, and gradients of a loss of both results."""
     pads = make_pads("right", 200, device)
     pads[:, -3:] = pads[0, -3:]  # the last queries are padding in no row, or in all
@@ -361,13 +373,13 @@ def test_log_sum_exp(device: str, dtype: torch.dtype, q_len: int) -> None:
         )
 
     def ours(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output, lse = causal_padded_attention(*inputs, pads, window=90, return_lse=True)
+        output, lse = causal_padded_attention(*inputs, pads, window=90, return_lse=True, **how)
         assert lse.shape == (3, 4, q_len) and lse.dtype == torch.float32
         assert torch.equal(lse.isneginf(), ~mask.any(-1)[:, None].expand_as(lse))
-        torch.testing.assert_close(output, causal_padded_attention(*inputs, pads, window=90))
+        torch.testing.assert_close(output, causal_padded_attention(*inputs, pads, window=90, **how))
         return output, lse
 
-    grad = torch.cat([grad_output, grad_lse.unsqueeze(-1).to(dtype)], -1) if q_len == 200 else None
+    grad = torch.cat([grad_output, grad_lse.unsqueeze(-1).to(dtype)], -1) if q_len > 3 else None
     results = with_gradients(partial(both, ours), inputs, grad)
     plain = with_gradients(partial(both, lambda *x: written_out(*x, mask)), inputs, grad)
     wide = [x.double() for x in inputs]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import DEVICES, explicit_mask
+from helpers import looks_up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import masking_utils
 
-from causal_padded_flexattn import _origin_of
 from causal_padded_integrations import transformers as adapter
 
 SIZES = {
@@ -572,13 +572,19 @@ def test_a_promise_of_the_padding_side(side: str) -> None:
     kept = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     kept = kept if side == "right" else kept.flip(1)
     block_mask = make(2, 4, 4, 0, 0, masking_utils.causal_mask_function, kept, "cpu")
-    assert _origin_of(block_mask).is_computed
+    assert not looks_up(block_mask)
     mask = create_mask(block_mask.mask_mod, 2, 1, 4, 4, "cpu")[:, 0]
     assert torch.equal(mask, explicit_mask(kept == 0))
+    for window in (1, 3, 9):
+        function = masking_utils.sliding_window_causal_mask_function(window)
+        block_mask = make(2, 4, 4, 0, 0, function, kept, "cpu")
+        assert not looks_up(block_mask)
+        mask = create_mask(block_mask.mask_mod, 2, 1, 4, 4, "cpu")[:, 0]
+        assert torch.equal(mask, explicit_mask(kept == 0, window=window))
     with pytest.raises(ValueError, match=f"padding_side promises that all padding stands on the {side}"):
         make(2, 4, 4, 0, 0, masking_utils.causal_mask_function, kept.flip(1), "cpu")
     block_mask = make(2, 1, 9, 4, 0, masking_utils.causal_mask_function, kept, "cpu")
-    assert not _origin_of(block_mask).is_computed
+    assert looks_up(block_mask)
     with pytest.raises(ValueError, match='padding_side must be "right", "left" or None; got \'both\''):
         adapter.register(padding_side="both")
 
