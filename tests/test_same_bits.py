@@ -218,3 +218,58 @@ def test_flash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, pads = torch.zeros(3, 2, 1, 128, 16), torch.zeros(2, 128, dtype=torch.bool)
     with pytest.raises(ValueError, match=r'backend="flash" adds gradients up in any order: .* pass "auto"'):
         causal_padded_attention(*inputs, pads, backend="flash")
+
+
+KINDS = [  # of heads and dtype
+    *((size, torch.bfloat16) for size in (64, 96, 128, 256)),
+    *((size, dtype) for size in (64, 128) for dtype in (torch.float16, torch.float32)),
+]
+
+
+@promised
+@pytest.mark.cuda
+@pytest.mark.parametrize(("size", "dtype"), KINDS)
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_chunks_of_whole_blocks_have_the_bits_of_the_whole_pass(
+    size: int, dtype: torch.dtype, is_deterministic: bool
+) -> None:
+    torch.use_deterministic_algorithms(is_deterministic)
+    length = 1024
+    query, key, value = (random(i, 4, heads, length, size, dtype=dtype) for i, heads in enumerate((8, 2, 2)))
+    how: dict[str, Any] = {"return_lse": True, "backend": "triton"}
+    for left in (0, 256):
+        pads = pads_of(Place(4, 1, length, left), 700)
+        for window in (None, 300):
+            mask = create_causal_padding_block_mask(pads, window=window)
+            whole = attend(query, key, value, mask, **how)
+            for chunk in (128, 256, 512):
+                for start in range(0, length, chunk):
+                    mask = create_causal_padding_block_mask(pads, chunk, q_offset=start, window=window)
+                    part = attend(query[:, :, start : start + chunk], key, value, mask, **how)
+                    for result, expected in zip(part, whole, strict=True):
+                        assert torch.equal(result, expected[:, :, start : start + chunk])
+
+
+@promised
+@pytest.mark.cuda
+@pytest.mark.parametrize(("size", "dtype"), KINDS)
+def test_a_step_by_aligned_blocks_has_the_bits_of_training(size: int, dtype: torch.dtype) -> None:
+    """A row of the block of 128 queries that it belongs to, in other batches and other caches."""
+    length = 1024
+    query, key, value = (random(i, 4, heads, length, size, dtype=dtype) for i, heads in enumerate((8, 2, 2)))
+    pads = torch.zeros(4, length, dtype=torch.bool, device="cuda")
+    pads[1, :128] = True
+    training = attend(query, key, value, create_causal_padding_block_mask(pads))
+    for rows, capacity in (([0, 1, 2, 3], 1024), ([1], 1024), ([1, 2], 1536)):
+        cache = [torch.randn(len(rows), 2, capacity, size, device="cuda").to(dtype) for _ in range(2)]
+        kept = torch.ones(len(rows), capacity, dtype=torch.bool, device="cuda")
+        for place in (130, 511, 700, 1023):
+            block = place // 128 * 128
+            kept[:, : place + 1] = pads[rows, : place + 1]
+            for x, whole in zip(cache, (key, value), strict=True):
+                x[:, :, : place + 1] = whole[rows, :, : place + 1]
+            queries = torch.zeros(len(rows), 8, 128, size, dtype=dtype, device="cuda")
+            queries[:, :, place - block] = query[rows, :, place]
+            mask = create_causal_padding_block_mask(kept, 128, q_offset=block)
+            step = attend(queries, *cache, mask)[:, :, place - block]
+            assert torch.equal(step, training[rows, :, place])
