@@ -28,7 +28,7 @@ from functools import cache, partial, reduce
 from importlib.util import find_spec
 from operator import and_
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,9 +166,8 @@ def create_causal_padding_block_mask(
         queries = keys[q_offset : q_offset + q_len]
         query_pads = pads if q_len == pads.shape[1] else pads[:, q_offset : q_offset + q_len]
     first = None if window is None else queries - (min(window, _END) - 1)
-    rules = None  # the mask_mod looks runs up, or computes them
-    if padding_side is not None and q_len == pads.shape[1]:
-        rules = _make_rules(pads, window, padding_side)
+    computes = padding_side is not None and q_len == pads.shape[1]  # otherwise runs are looked up
+    rules = _make_rules(pads, window, padding_side) if computes else None
     return _build_block_mask(first, queries, None, keys, pads, query_pads, blocks, rules)
 
 
@@ -242,12 +241,16 @@ _END = 2**29  # a place past the end of every sequence
 _FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 holds both together
 
 
-def _has_first(block_mask):
-    """Whether runs may begin after the first key, as part 7 asks. None: the mask was not made here.
+class _Origin(NamedTuple):
+    """What part 7 chooses a kernel by, noted on a mask_mod. It outlives `.to()`, not and_masks."""
 
-    It is noted on the mask_mod, where it outlives `.to()`, and is lost in and_masks.
-    """
-    return getattr(getattr(block_mask, "mask_mod", None), "has_first", None)
+    is_ours: bool = False
+    has_first: bool = False  # whether runs may begin after the first key
+    is_computed: bool = False  # whether the mask_mod compares places, instead of looking runs up
+
+
+def _origin_of(block_mask):
+    return getattr(getattr(block_mask, "mask_mod", None), "origin", _Origin())
 
 
 def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=None):
@@ -257,6 +260,7 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     # Compiled graphs ask whether a size is 1. With two blocks at least, one serves all lengths (part 7).
     find_tiles, least = (_find_tiles_operator, 2) if torch.compiler.is_compiling() else (_find_tiles, 1)
     tables, lists = find_tiles(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes)
+    origin = _Origin(True, first is not None, rules is not None)
     # Rules capture tensors. A number that they capture would be compiled in: a kernel for each value.
     if rules is None:
         last_key = tables[0]  # below every key where the query is padding
@@ -273,7 +277,7 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
     def mask_mod(b, h, q_idx, kv_idx):
         return reduce(and_, [rule(b, h, q_idx, kv_idx) for rule in rules])
 
-    mask_mod.has_first = first is not None  # type: ignore[attr-defined]
+    mask_mod.origin = origin  # type: ignore[attr-defined]
     if decodes:
         parts = [x[0] for x in lists] + [None] * 6  # no full tiles, and nothing for a backward pass
     else:
@@ -285,9 +289,9 @@ def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=
 
 def _make_rules(pads, window, padding_side):
     """mask_mods that compute the runs, where query i is token i and all padding stands on one side."""
-    if padding_side == "right":  # no real query sees as far as the padding
+    if padding_side == "right":  # one rule: as two, FlashAttention-4's kernels are slower
         end = (~pads).sum(1, dtype=torch.int32)  # (B,)
-        rules = [causal, lambda b, h, q_idx, kv_idx: q_idx < end[b]]
+        rules = [lambda b, h, q_idx, kv_idx: kv_idx <= torch.where(q_idx < end[b], q_idx, -1)]
     else:
         begin = pads.sum(1, dtype=torch.int32)  # (B,)
         rules = [causal, lambda b, h, q_idx, kv_idx: kv_idx >= begin[b]]
@@ -427,17 +431,17 @@ def attend(
             floating point number that it computes from `score`. q_idx is 0 for the first query given,
             whatever q_offset is. Other devices than CUDA call it once, with tensors of all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
-        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, which need its package, a
-            Hopper card, half precision, heads of up to 128 and no score_mod, and before torch 2.15 as many
-            queries as keys and no return_lse; or "auto" for "flash" where it fits and was measured to be
-            faster, which is for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
+        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, on Hopper, in half
+            precision, for heads of up to 128, without score_mod, and before torch 2.15 only where L = S and
+            without return_lse; or "auto" for "flash" where it can be used and was measured to be faster:
+            for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
 
     What a score_mod captures:
         - What changes, differs between layers or is learned must be a tensor of one dimension or more, which
-          score_mod looks up: `weight[h]`. A number is compiled into a kernel.
+          it looks up: `weight[h]`. Numbers are compiled into a kernel. In a function that score_mod calls,
+          torch 2.11 does not see another default argument.
         - On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it, as
           in `log((q_idx - kv_idx).clamp(min=1))`.
-        - Torch 2.11 does not see that a function that score_mod calls has another default argument.
 
     Returns:
         (B, Hq, L, Ev). Rows of queries that see no key, such as padding, are exact zeros, and give exact zero
@@ -482,7 +486,7 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
     sizes = enumerate(scores.shape)
     places = [torch.arange(n, device=query.device).view(-1, *[1] * (3 - i)) for i, n in sizes]  # broadcast
     mask = None
-    if _has_first(block_mask) is not None:
+    if _origin_of(block_mask).is_ours:
         mask = block_mask.mask_mod(*places)  # (B or 1, 1, L, S)
     elif block_mask is not None:  # it was not made here: kernels skip tiles that are not listed
         _, heads, q_len, kv_len = block_mask.shape
@@ -636,8 +640,8 @@ def _parse(argv):
     args.lengths = args.lengths or torch.randint(max(1, length // 8), length + 1, (batch_size,)).tolist()
     if max(args.lengths) > length:
         fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {length}")
-    side = "_left" if args.padding_side == "left" else ""
-    args.output = args.output or Path(f"causal_padding_mask{side}.png")
+    name = "causal_padding_mask.png" if args.padding_side == "right" else "causal_padding_mask_left.png"
+    args.output = args.output or Path(name)
     if args.output.suffix != ".png":
         fail(f"--output must be a .png file; got {args.output}")
     return args
@@ -795,8 +799,7 @@ def _check_padding_side(pads, side):
 
 def _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE):
     """query_pads and the two block sizes, if everything fits."""
-    given = {"first": first, "last": last, "until": until}
-    given = {name: x for name, x in given.items() if x is not None}
+    given = {k: x for k, x in {"first": first, "last": last, "until": until}.items() if x is not None}
     if query_pads is None:
         _check_tensors(pads=pads)
         q_len = next((x.shape[-1] for x in (first, last) if isinstance(x, Tensor) and x.dim()), pads.shape[1])
@@ -840,9 +843,9 @@ def _check_attention(query, key, value, block_mask, scale, score_mod, return_lse
     rule = "block_mask must fit: make it with create_causal_padding_block_mask(pads, query.shape[2])"
     _require(fits, rule, block_mask=(*shape, str(device)), **tensors)
     if torch.is_grad_enabled() and block_mask.q_num_blocks is None:
-        differentiated = [query, key, value, *_tensors_captured_by(score_mod)]
+        trains = any(x.requires_grad for x in [query, key, value, *_tensors_captured_by(score_mod)])
         rule = "block_mask was made under torch.no_grad: make it where gradients are wanted"
-        _require(not any(x.requires_grad for x in differentiated), rule, block_mask=shape, **tensors)
+        _require(not trains, rule, block_mask=shape, **tensors)
 
 
 def _check_inputs(query, key, value, kv_len, **more):
@@ -965,15 +968,15 @@ def _run_kernel(query, key, value, score_mod, block_mask, scale, return_lse, bac
     inputs = key, value, score_mod, block_mask, scale, return_lse, options
     # A second value of a number that score_mod captures would become a variable: torch would then fail, or on
     # 2.11 use the first value. The setting has no public name. No public report was found.
-    is_own = score_mod is None and _has_first(block_mask) is not None
-    numbers = nullcontext() if is_own else torch._dynamo.config.patch(specialize_float=True)
+    is_ours = score_mod is None and _origin_of(block_mask).is_ours
+    numbers = nullcontext() if is_ours else torch._dynamo.config.patch(specialize_float=True)
     try:
         with _LOCK:  # torch breaks where two threads import what it compiles with
-            compiled = _compile(_keeps_bits())
+            flex = _compile(_keeps_bits())
         # Compiling flex_attention runs autograd. Were that in the thread of the device, it might wait there
         # for the first backward pass of another thread, which waits for the compiler.
         with numbers, torch.autograd.set_multithreading_enabled(False):
-            output, lse = compiled(query, *inputs, as_tokens)
+            output, lse = flex(query, *inputs, as_tokens)
     except Exception as error:  # none of these has a public name
         if type(error).__name__ == "FailOnRecompileLimitHit":
             rule = f"{_MOST_KERNELS} kinds of input are compiled, the limit. Use fewer head sizes, dtypes, "
@@ -1000,8 +1003,7 @@ def _compile(same_bits):
         # output is a view, the backward pass rounds sums of output times gradient to half precision.
         "pick_loop_orders": False,
     }
-    if _TORCH >= (2, 13):
-        options["batch_invariant"] = True  # and whatever the batch size
+    options |= {"batch_invariant": True} if _TORCH >= (2, 13) else {}  # and whatever the batch size
     if same_bits:  # Add up term by term what decoding splits. The order in which Triton reduces depends on
         # what it knows of the strides, which differs between a batch of one and larger ones.
         options["unroll_reductions_threshold"] = _MOST_SPLITS + 1
@@ -1051,22 +1053,23 @@ def _kernel_options(query, key, value, block_mask, backend="triton"):
     on_hopper = _is_on_hopper(query) and query.element_size() == 2
     size, value_size = query.shape[3], value.shape[3]
     is_64, is_128 = on_hopper and size <= 64, on_hopper and max(size, value_size) == 128
-    is_short, has_first = query.shape[2] < 128, _has_first(block_mask)
+    is_short, origin = is_128 and query.shape[2] < 128, _origin_of(block_mask)
+    is_long = is_128 and not is_short and origin.is_ours
     # Torch compiles loads by descriptor (TMA) also for rows that begin between multiples of 16 bytes, and
     # then reads wrongly; while a caller's graph is traced, where they begin cannot be asked.
-    between = any(n % 8 for x in (query, key, value) for n in x.stride()[:3])
-    tma = {"fwd_USE_TMA": not (between or torch.compiler.is_compiling())}
+    strides = [n for x in (query, key, value) for n in x.stride()[:3]]
+    tma = {"fwd_USE_TMA": not (torch.compiler.is_compiling() or any(n % 8 for n in strides))}
     is_wide = value_size > 256 or size > 512
     wide = 32 if (size + value_size) * query.element_size() <= 2048 else 16
     q_step, kv_step = (math.gcd(block, 128) for block in blocks)
     least = min(q_step, kv_step)
     for holds, measured in (  # where, and with which options; above it why; later rows win
         # Half the time of torch's steps, which are mostly empty.
-        (is_128 and is_short, _steps(64, 64) | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
+        (is_short, _steps(64, 64) | {"fwd_num_stages": 3, "fwd_num_warps": 4}),
         # Two programs share a multiprocessor: one multiplies while the other exponentiates.
-        (is_128 and not is_short and has_first is False, {"fwd_num_stages": 2, "fwd_num_warps": 4} | tma),
+        (is_long and not origin.has_first, {"fwd_num_stages": 2, "fwd_num_warps": 4} | tma),
         # But where a window or packed rows cut tiles at both ends, larger steps gain.
-        (is_128 and not is_short and has_first, {"fwd_BLOCK_N": 128}),
+        (is_long and origin.has_first, {"fwd_BLOCK_N": 128}),
         # Torch's own steps spill registers forward, and are slower backward.
         (is_64, {"fwd_BLOCK_N": 64, "bwd_num_warps": 4} | _steps(64, 64, "bwd")),
         # Torch's own steps of wide heads do not fit into shared memory, and few loads of them do.
@@ -1113,8 +1116,7 @@ def _decoding_options(query, key, value, block_mask):
     if _is_on_hopper(query):
         width = max(size, value.shape[3]) * query.element_size()  # bytes
         stages = 3 if width <= 256 else 2 if width <= 512 else 1  # loads run ahead as far as they fit
-        keys = 64 if width <= 2048 else 32
-        options |= {"fwd_num_warps": 4, "fwd_num_stages": stages, "fwd_BLOCK_N": keys}
+        options |= {"fwd_num_warps": 4, "fwd_num_stages": stages, "fwd_BLOCK_N": 64 if width <= 2048 else 32}
     return options
 
 
@@ -1122,7 +1124,7 @@ def _is_on_hopper(x):
     return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-_FLASH_FROM = 1e11  # B * Hq * L * S * E from which FlashAttention-4's kernels were measured to be faster
+_FLASH_FROM = 1e11  # B * Hq * S * S * E from which FlashAttention-4's kernels were measured to be faster
 _HAS_FLASH = False
 with suppress(ImportError):  # asked once, because torch.compile cannot trace it
     _HAS_FLASH = find_spec("flash_attn.cute") is not None
@@ -1140,7 +1142,9 @@ def _can_use_flash(query, key, value, score_mod, return_lse):
 def _is_faster_with_flash(query, key, block_mask):
     # Where the gain outweighs the cost of launching, as measured. How much is padding only the device knows.
     is_usual = block_mask is not None and block_mask.BLOCK_SIZE == (128, 128)
-    is_large = query.numel() * key.shape[2] >= _FLASH_FROM
+    keys = 2 * key.shape[2] - query.shape[2]  # twice what the last queries see, on average
+    keys = (keys + 2048) // 2 if _origin_of(block_mask).is_computed else keys
+    is_large = query.numel() * keys >= _FLASH_FROM
     return is_usual and is_large and not torch.are_deterministic_algorithms_enabled()
 
 

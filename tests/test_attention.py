@@ -262,17 +262,32 @@ def test_score_mods_that_ignore_some_of_their_arguments(device: str) -> None:
 
 
 @pytest.mark.cuda
-def test_score_mods_that_ignore_the_score_are_refused() -> None:
-    (inputs, _), pads, table = make_inputs("cuda"), make_pads("left", 200, "cuda"), torch.randn(4).cuda()
-    for score_mod in (lambda *_: 0.5, lambda score, b, h, q_idx, kv_idx: table[h]):
-        with pytest.raises(
-            RuntimeError, match="torch could not compile score_mod, which must return a float"
-        ):
-            causal_padded_attention(*inputs, pads, score_mod=score_mod)
+@pytest.mark.parametrize("train", [False, True])
+def test_score_mods_that_ignore_the_score_are_refused_or_right(train: bool) -> None:
+    inputs, grad_output = make_inputs("cuda")
+    pads, table = make_pads("left", 200, "cuda"), torch.randn(4).cuda()
+    mask = explicit_mask(pads)
+    for score_mod in (
+        lambda *_: 0.5,
+        distance,
+        lambda score, b, h, q_idx, kv_idx: table[h],
+        lambda score, b, h, q_idx, kv_idx: 0.1 * (kv_idx - q_idx),
+    ):
+        attend = partial(causal_padded_attention, pads=pads, score_mod=score_mod)
+        try:
+            results = with_gradients(attend, inputs, grad_output if train else None)
+        except RuntimeError as error:
+            assert "torch could not compile score_mod, which must return a float" in str(error)
+            continue
+        kept = lambda score, *places, f=score_mod: f(score, *places) + score * 0  # so that it has gradients
+        way = lambda *x, f=kept: written_out(*x, mask, score_mod=f)[0]
+        plain = with_gradients(way, inputs, grad_output if train else None)
+        for result, expected in zip(results, plain, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_score_mods_that_ignore_the_score() -> None:
-    """On the CPU they are right. On CUDA torch cannot compile them, and that is said."""
+    """On the CPU they are right. On CUDA torch compiles few of them, and that is said."""
     (inputs, _), pads, table = make_inputs("cpu"), make_pads("left", 200, "cpu"), torch.randn(4)
     for score_mod in (distance, lambda score, b, h, q_idx, kv_idx: table[h]):
         mask = explicit_mask(pads)

@@ -538,15 +538,19 @@ def test_flash_in_a_compiled_model() -> None:
     pads = make_pads("right", 300, "cuda")
 
     def model(*inputs: Tensor) -> Tensor:
-        output, lse = causal_padded_attention(*(x * 2 for x in inputs), pads, return_lse=True)
-        last = causal_padded_attention(inputs[0][:, :, -130:], *inputs[1:], pads)
-        return output + lse.nan_to_num(neginf=0.0).unsqueeze(-1).to(output.dtype) + last.mean(2, keepdim=True)
+        return causal_padded_attention(*(x * 2 for x in inputs), pads) + 1
 
-    compiled = torch.compile(model, fullgraph=True)
-    for result, expected in zip(
-        *(with_gradients(way, inputs, grad_output) for way in (compiled, model)), strict=True
-    ):
-        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+    def sinks(*inputs: Tensor) -> Tensor:
+        output, lse = causal_padded_attention(*inputs, pads, return_lse=True)
+        return output * torch.sigmoid(lse).unsqueeze(-1).to(output.dtype)
+
+    def last(*inputs: Tensor) -> Tensor:
+        return F.pad(causal_padded_attention(inputs[0][:, :, -130:], *inputs[1:], pads), (0, 0, 170, 0))
+
+    for way in (model, sinks, last):
+        results = [with_gradients(x, inputs, grad_output) for x in (torch.compile(way, fullgraph=True), way)]
+        for result, expected in zip(*results, strict=True):
+            torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +558,8 @@ def test_flash_in_a_compiled_model() -> None:
     [
         ({}, True),
         ({"lengths": (511, 511)}, False),
-        ({"side": "right"}, True),
+        ({"lengths": (300, 300), "side": "right"}, True),
+        ({"lengths": (150, 150), "side": "right"}, False),
         ({"lengths": (256, 1024)}, cpf._TORCH >= (2, 15)),
         ({"lengths": (127, 8192)}, False),
         ({"dtype": torch.float32}, False),

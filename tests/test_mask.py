@@ -19,9 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._inductor.graph import GraphLowering
-from torch._inductor.virtualized import V
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import (
     BlockMask,
     and_masks,
@@ -32,8 +29,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 from causal_padded_flexattn import (
-    _TORCH,
-    _has_first,
+    _origin_of,
     causal,
     create_block_mask_from_runs,
     create_causal_padding_block_mask,
@@ -354,16 +350,21 @@ torch.cuda.synchronize()
     assert done.returncode and "device-side assert" in done.stderr
 
 
-def test_what_is_noted_on_a_mask() -> None:
+def test_the_origin_of_a_mask() -> None:
     """It is found again after .to() and in a graph of the caller."""
     pads = torch.zeros(1, 300, dtype=torch.bool)
-    for window, has_first in ((None, False), (5, True)):
-        make = partial(create_causal_padding_block_mask, window=window)
-        ask = torch.compile(lambda pads, make=make: (_has_first(make(pads)), pads + 1), backend="eager")
-        assert _has_first(make(pads).to("meta")) == has_first == ask(pads)[0]
-    assert _has_first(create_block_mask_from_runs(None, None, pads)) is False
-    assert _has_first(create_block_mask(causal, 1, None, 300, 300, device="cpu")) is None
-    assert _has_first(None) is None
+    for more, origin in (
+        ({}, (True, False, False)),
+        ({"window": 5}, (True, True, False)),
+        ({"padding_side": "left"}, (True, False, True)),
+        ({"padding_side": "left", "q_len": 5}, (True, False, False)),
+    ):
+        make = partial(create_causal_padding_block_mask, **more)
+        ask = torch.compile(lambda pads, make=make: (*_origin_of(make(pads)), pads + 1), backend="eager")
+        assert _origin_of(make(pads).to("meta")) == origin == ask(pads)[:3]
+    assert _origin_of(create_block_mask_from_runs(None, None, pads)) == (True, False, False)
+    assert _origin_of(create_block_mask(causal, 1, None, 300, 300, device="cpu")) == (False, False, False)
+    assert _origin_of(None) == (False, False, False)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -373,34 +374,6 @@ def test_a_promise_makes_the_mask_compute(side: str, window: int | None) -> None
     make = partial(create_causal_padding_block_mask, make_pads(side, 300, "cpu"), window=window)
     assert looks_up(make()) and looks_up(make(q_len=5, padding_side=side))
     assert not looks_up(make(padding_side=side))
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_promised_masks_are_intervals_to_torch(side: str) -> None:
-    """So the kernels for Blackwell mask whole steps at once. A look-up of pads for each key is none to it."""
-    if side == "right" and _TORCH < (2, 15):
-        pytest.skip("torch 2.15 is the first that takes q_idx < end[b]")
-    packing = pytest.importorskip("torch._inductor.kernel.flex.interval_mask_packing")  # torch 2.13
-    indexing = pytest.importorskip("torch._dynamo._trace_wrapped_higher_order_op").TransformGetItemToIndex
-    x, graphs = torch.randn(3, 1, 300, 16), []
-
-    def is_interval(**options) -> bool:
-        block_mask = create_causal_padding_block_mask(make_pads(side, 300, "cpu"), **options)
-        torch._dynamo.reset()
-        torch.compile(flex_attention, backend=lambda graph, _: graphs.append(graph) or graph)(
-            x, x, x, block_mask=block_mask
-        )
-        graph = graphs[-1]
-        (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention)
-        captured = [torch.zeros(x.meta["example_value"].shape, dtype=torch.int32) for x in call.args[-1]]
-        places = torch.zeros(4, dtype=torch.int32).unbind()
-        with indexing():
-            rule = make_fx(graph.mask_fn_0)(*places, *captured)
-        with V.set_graph_handler(GraphLowering(torch.fx.symbolic_trace(lambda: None))):
-            return packing.select_packed_mask_intervals(rule) is not None
-
-    assert is_interval(padding_side=side) and is_interval(padding_side=side, window=70)
-    assert not is_interval()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
