@@ -335,7 +335,7 @@ def step_table(result: Row) -> str:
         for step in row["steps"]:
             size, rate = f"{step['batch_size']} x {spaced(step['length'])}", step["tokens_per_s"] / 1e3
             cells.append((size, row["way"], f"{rate:.0f}"))
-    return table("thousand tokens a second", cells)
+    return table("thousand real tokens a second", cells)
 
 
 def readme_figures(folder: Path) -> str:
