@@ -2,10 +2,11 @@
 
 On a CUDA card:
 python benchmarks/attention.py attention | scaling | need | same-bits | window | documents
-Results go to benchmarks/results/NAME.json, with the card and the versions; report.py and plots.py show them.
+Results go to benchmarks/results/NAME.json, with the card and the versions; --table and plots.py show them.
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -18,38 +19,23 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from cases import Batch, Case, block_mask_of
-from common import (
-    Attention,
-    NotMeasuredError,
-    Row,
-    deterministic,
-    flash_attention_4,
-    milliseconds,
-    parser_of,
-    require,
-)
+from common import Attention, NotMeasuredError, Row, Table, milliseconds, ms, require, spaced, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import (
-    BlockMask,
-    and_masks,
-    create_block_mask,
-    create_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, flex_attention
 from tqdm import tqdm
 
 import causal_padded_flexattn as cpf
 
+LEFT = "does not mask left padding"
 
-def mask_of(batch: Batch, **options: Any) -> BlockMask:
+
+def mask_of(batch: Batch, **options: Any) -> cpf.BlockMask:
     documents = batch.documents if batch.case.documents > 1 else None
     return block_mask_of(batch.pads, batch.case.window, documents, **options)
 
 
-def ours(
-    batch: Batch, backend: str, dynamic: bool = False, promises: bool = False, block: int = 128
-) -> Attention:
+def ours(batch: Batch, backend: str, promises: bool = False, block: int = 128) -> Attention:
     usable = backend != "flash" or cpf._can_use_flash(*batch.inputs, None, False)
     require(usable, "needs flash-attn-4, Hopper, half precision, heads of at most 128")
     trains = block == 128 or batch.device == "cpu" or torch.__version__ >= "2.14"
@@ -57,11 +43,6 @@ def ours(
     require(not promises or batch.case.documents == 1, "promises nothing about documents")
     promise = {"padding_side": batch.case.side} if promises else {}
     block_mask = mask_of(batch, **promise, BLOCK_SIZE=block)
-    if dynamic:
-        require(batch.device == "cuda", "needs CUDA")
-        compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
-        options = cpf._kernel_options(*batch.inputs, block_mask)
-        return partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     return partial(cpf.attend, block_mask=block_mask, backend=backend)
 
 
@@ -76,41 +57,23 @@ def textbook(batch: Batch, kernel_options: dict[str, Any] | None = None, **how: 
     return partial(torch.compile(flex_attention), **options)
 
 
-@deterministic()
+@common.deterministic()
 def same_bits(batch: Batch) -> Attention:
     keeps = batch.device == "cpu" or (cpf._keeps_bits() and batch.case.kv_len % 128 == 0)
     require(keeps, "needs torch 2.15 and lengths that are multiples of 128")
-    return deterministic()(ours(batch, "triton"))
+    return common.deterministic()(ours(batch, "triton"))
 
 
-def transformers_flex(batch: Batch) -> Attention:
-    """As transformers runs it without us: its mask, compiled, and torch's own choice of kernels."""
+def cudnn(batch: Batch, explicit: bool) -> Attention:
     require(batch.device == "cuda", "needs CUDA")
-    require(batch.case.documents == 1, "finds no documents in a padded batch")
-    from transformers import masking_utils
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    window, function = batch.case.window, masking_utils.causal_mask_function
-    function = masking_utils.sliding_window_causal_mask_function(window) if window else function
-    sizes = batch.case.batch_size, batch.case.kv_len, batch.case.kv_len, 0, 0
-    block_mask = masking_utils.flex_attention_mask(*sizes, function, ~batch.pads, device=batch.device)
-    forward = partial(flex_attention_forward, torch.nn.Module(), attention_mask=block_mask)
-    return lambda *inputs: forward(*inputs)[0].transpose(1, 2)  # padded queries see, too
-
-
-def sdpa(batch: Batch, kernel: SDPBackend, explicit: bool) -> Attention:
-    require(batch.device == "cuda", "needs CUDA")
-    require(explicit or batch.case.side == "right", "does not mask left padding")
+    require(explicit or batch.case.side == "right", LEFT)
     require(explicit or not (batch.case.window or batch.case.documents > 1), "knows causality alone")
-    group = batch.case.heads // batch.case.kv_heads
     sizes = batch.case.batch_size, 1, batch.case.kv_len, batch.case.kv_len, batch.device
     mask = create_mask(mask_of(batch).mask_mod, *sizes) if explicit else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if kernel == SDPBackend.EFFICIENT_ATTENTION:  # which knows nothing of groups
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         options = {"is_causal": not explicit, "enable_gqa": query.shape[1] != key.shape[1]}
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
     return attention
@@ -139,16 +102,16 @@ def varlen(batch: Batch, package: str, chooses: bool = False) -> Attention:
     options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), batch.cumulative)
     options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
     options |= {"window_size": (reach, 0)} if batch.case.window else {"causal": True}
-    flash = flash_attention_4()
+    flash = common.flash_attention_4()
     return lambda *inputs: flash(*inputs, **options)[0]
 
 
 def with_lengths(batch: Batch) -> Attention:
     """Over the padded batch as it is, each sequence up to its length; padded rows, left unwritten, zeroed."""
     require(batch.device == "cuda", "needs CUDA")
-    require(batch.case.side == "right", "does not mask left padding")
+    require(batch.case.side == "right", LEFT)
     require(batch.case.documents == 1, "knows one document a row")
-    flash, window = flash_attention_4(), batch.case.window
+    flash, window = common.flash_attention_4(), batch.case.window
     options = dict.fromkeys(("seqused_q", "seqused_k"), batch.cumulative.diff())
     options |= {"window_size": (window - 1, 0)} if window else {"causal": True}
     pads = batch.pads[:, :, None, None]  # (B, S, 1, 1)
@@ -181,8 +144,6 @@ def cudnn_flex(batch: Batch) -> Attention:
     return lambda *x: flex_attn_func(*(y.transpose(1, 2) for y in x), mask_plan=plan).transpose(1, 2)
 
 
-cudnn = partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION)
-efficient = partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION)
 fa2, fa4 = (partial(varlen, package=package) for package in ("torch", "flash-attn-4"))
 triton = partial(ours, backend="triton")
 # For the same bits in any batch, https://github.com/pytorch/torchtitan/pull/3077.
@@ -195,14 +156,11 @@ WAYS: dict[str, tuple[Callable[[Batch], Attention], bool, bool]] = {
     "ours, Triton, padding_side": (partial(triton, promises=True), False, False),
     "ours, Triton, blocks of 64, padding_side": (partial(triton, promises=True, block=64), False, False),
     "ours, Triton, same bits": (same_bits, False, False),
-    "ours, Triton compiled for changing shapes": (partial(triton, dynamic=True), False, False),
     "ours, FLASH": (partial(ours, backend="flash"), False, False),
     "the textbook": (textbook, False, False),
     "the textbook, FLASH": (partial(textbook, kernel_options={"BACKEND": "FLASH"}), False, False),
     "the textbook, one list of tiles": (partial(textbook, separate_full_blocks=False), False, False),
     "the textbook, torchtitan's tiles of 16": (partial(textbook, kernel_options=TORCHTITAN), False, False),
-    "flex as transformers runs it": (transformers_flex, False, False),
-    "SDPA, explicit mask, efficient": (partial(efficient, explicit=True), False, False),
     "SDPA, explicit mask, cuDNN": (partial(cudnn, explicit=True), False, False),
     "SDPA, is_causal, cuDNN, computes the padding": (partial(cudnn, explicit=False), False, False),
     "FlashAttention-2 varlen (torch), padded to padded": (fa2, False, True),
@@ -239,8 +197,7 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
         errors.append(error)
     del results
     row |= {"error": errors[0], "gradient_error": max(errors[1:])}
-    if batch.device == "cuda":
-        row["peak_mib"] = common.peak_mib(lambda: common.differentiate(attention, inputs, grad))
+    row["peak_mib"] = common.peak_mib(lambda: common.differentiate(attention, inputs, grad), batch.device)
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.no_grad():
         attention(*inputs)  # a graph of its own to compile
@@ -251,8 +208,8 @@ def measure(way: str, batch: Batch, exact: list[Tensor], plain: list[Tensor]) ->
     return row
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # the backward pass runs again and again on one graph
 def run(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, device: str) -> None:
-    torch._functorch.config.donated_buffer = False  # the backward pass runs again and again on one graph
     rows, rate = list[Row](), common.matmul_tflops(device)
     for case in tqdm(list(cases), desc=name):
         batch = Batch(case, device)
@@ -329,13 +286,115 @@ OF = {  # the ways of these, where none are named
 }
 
 
+def both(row: Row) -> list[float]:
+    """The quartiles of both passes, added."""
+    return [sum(passes) for passes in zip(row["forward_ms"], row["backward_ms"], strict=True)]
+
+
+def together(row: Row | None, digits: int = 2) -> str:
+    if row is None:
+        return "not measured"
+    why = row.get("not_measured")
+    return ms(both(row), digits) if why is None else "wrong" if why == LEFT else why
+
+
+def passes_of(result: Row) -> list[tuple[str, str, str]]:
+    cells = []
+    for row in result["results"]:
+        done = "forward_ms" in row
+        cell = f"{ms(row['forward_ms'])} / {ms(row['backward_ms'])}" if done else row["not_measured"]
+        cells.append((row["way"], str(Case.of(row)), cell))
+    return cells
+
+
+def passes_table(result: Row) -> str:
+    return table("ms forward / backward", ((case, way, cell) for way, case, cell in passes_of(result)))
+
+
+def attention_table(result: Row) -> str:
+    """With the TFLOP/s of the pairs that the first case allows, and their share of the matrix products'."""
+    rate, first, rates = result["matmul_tflops"], Case.of(result["results"][0]), []
+    for row in result["results"]:
+        if Case.of(row) == first and "forward_ms" in row:
+            passes = (1, row["forward_ms"]), (2.5, row["backward_ms"])  # two matrix products, and five
+            tflops = [share * first.flops() / median / 1e9 for share, (_, median, _) in passes]
+            cell = " / ".join(f"{x:.0f} ({x / rate:.0%})" for x in tflops)
+            rates.append((row["way"], f"TFLOP/s (of {rate:.0f})", cell))
+    cells = passes_of(result)
+    return table("ms forward / backward", [cells[0], *rates, *cells[1:]])
+
+
+def scaling_table(result: Row) -> str:
+    rows = result["results"]
+    return table("ms", ((row["way"], spaced(row["kv_len"]), together(row, 1)) for row in rows))
+
+
+def same_bits_table(result: Row) -> str:
+    """With how many times the usual way's they are."""
+    usual, cells = dict[tuple[str, bool], float](), []
+    for row in result["results"]:
+        case, way, share = str(Case.of(row)), row["way"], ""
+        if way in ("ours, Triton", "the textbook"):  # these come first
+            usual[case, way.startswith("ours")] = both(row)[1] if "forward_ms" in row else math.nan
+        elif "forward_ms" in row:
+            share = f" ({both(row)[1] / usual[case, way.startswith('ours')]:.2f} x)"
+        cells.append((way, case, together(row) + share))
+    return table("ms", cells)
+
+
+NEEDED = {
+    "this file, as installed (Triton)": "ours, Triton",
+    "this file with flash-attn-4": "ours, auto",
+    "the same, with `padding_side`": "ours, auto, padding_side",
+    "the textbook": "the textbook",
+    'the textbook, `kernel_options={"BACKEND": "FLASH"}`': "the textbook, FLASH",
+    "SDPA, `is_causal`": "SDPA, is_causal, cuDNN, computes the padding",
+    "SDPA, explicit mask": "SDPA, explicit mask, cuDNN",
+}
+SIZES = ("32 x 1 024", "8 x 4 096", "4 x 16 384", "8 x 4 096, heads of 64", "8 x 4 096, left padding")
+
+
+def need_table(result: Row, ways: dict[str, str] = NEEDED, sizes: Sequence[str] = SIZES) -> str:
+    rows = {(Case.of(row), row["way"]): row for row in result["results"]}
+    cases = dict(zip(SIZES, CASES["need"], strict=True))
+    pairs = ((name, size) for name in ways for size in sizes)
+    return table("ms", ((name, size, together(rows.get((cases[size], ways[name])))) for name, size in pairs))
+
+
+def readme_need(folder: Path) -> str:
+    """The textbook is of another run, with "ours, auto" beside it, until one need.json has all ways."""
+    result, other = (common.load(name, folder) for name in ("attention", "need"))
+    more = {"FlashAttention-4 varlen, already packed": "FlashAttention-4 varlen, already packed"}
+    more |= {"`cudnn.flex_attention`": "cudnn.flex_attention"}
+    ways = {
+        name: way
+        for name, way in NEEDED.items()
+        if way not in ("ours, auto, padding_side", "the textbook, FLASH")
+    }
+    rows = [*result["results"], *(row for row in other["results"] if row["way"] == "the textbook")]
+    again = [f"{both(row)[1]:.2f}" for row in other["results"] if row["way"] == "ours, auto"][1:]
+    made = f"{common.made_with(result)[:-1]}. The textbook is of another run, in which flash-attn-4 took"
+    return f"{need_table({'results': rows}, ways | more, SIZES[1:])}\n\n{made} {', '.join(again)}.)"
+
+
+TABLES: dict[str, Table] = {
+    "attention": attention_table,
+    "scaling": scaling_table,
+    "need": need_table,
+    "same-bits": same_bits_table,
+    "window": passes_table,
+    "documents": passes_table,
+}
+
+
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = common.parser_of(__doc__)
     parser.add_argument("what", choices=CASES)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries small cases")
     parser.add_argument("--ways", nargs="+", help="of this name, or whose name contains it")
     parser.add_argument("--cases", nargs="+", type=int, metavar="N", help="places in the list, default: all")
     args = parser.parse_args()
+    if args.table:
+        return print(common.show(args.what, TABLES[args.what], args.results))
     cases = CASES[args.what]
     cases = [cases[i] for i in args.cases or range(len(cases))]
     if args.device == "cpu":
@@ -343,7 +402,7 @@ def main() -> None:
         cases = [replace(case, **small, window=case.window and 8) for case in cases]
     wanted = args.ways or OF[args.what]
     named = [way for way in WAYS if any(x == way or (x not in WAYS and x in way) for x in wanted)]
-    run(args.what, cases, named, args.results, args.device)
+    return run(args.what, cases, named, args.results, args.device)
 
 
 if __name__ == "__main__":

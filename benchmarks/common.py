@@ -1,4 +1,4 @@
-"""What the benchmarks share: timers, versions, results on disk."""
+"""What the benchmarks share: timers, versions, results on disk and their tables."""
 
 import argparse
 import importlib.metadata
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import cache
@@ -23,6 +23,7 @@ from causal_padded_flexattn import _HAS_FLASH, _compile
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Table = Callable[[Row], str]
 
 
 def versions(device: str) -> Row:
@@ -49,12 +50,6 @@ def load(name: str, folder: Path) -> Row:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def made_with(result: Row) -> str:
-    driver = f", driver {result['driver']}" if "driver" in result else ""
-    flash = f", flash-attn-4 {result['flash-attn-4']}" if result.get("flash-attn-4") else ""
-    return f"({result['card']}{driver}, torch {result['torch']}{flash}, {result['date']})"
-
-
 class NotMeasuredError(Exception):
     """Why a way cannot be measured here, or computes something else."""
 
@@ -71,10 +66,13 @@ def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
     return flash_attn_varlen_func
 
 
-def parser_of(script: str | None) -> argparse.ArgumentParser:
-    """Of a script's docstring, with where its results are."""
+def parser_of(script: str | None, measures: bool = True) -> argparse.ArgumentParser:
+    """Of a script's docstring, with where its results are, and what the scripts that measure share."""
     parser = argparse.ArgumentParser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files and plots")
+    if measures:
+        parser.add_argument("--table", action="store_true", help="show what was measured; measure nothing")
+        parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries tiny sizes")
     return parser
 
 
@@ -104,6 +102,40 @@ def differentiate(attention: Callable[..., Any], inputs: Sequence[Tensor], grad:
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = attention(*inputs)
     return [output, *torch.autograd.grad(output, inputs, grad)]
+
+
+# ---- tables ---------------------------------------------------------------------------------------------
+
+
+def made_with(result: Row) -> str:
+    driver = f", driver {result['driver']}" if "driver" in result else ""
+    flash = f", flash-attn-4 {result['flash-attn-4']}" if result.get("flash-attn-4") else ""
+    return f"({result['card']}{driver}, torch {result['torch']}{flash}, {result['date']})"
+
+
+def table(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """Of (row, column, cell): rows and columns in the order in which they come."""
+    found = {(row, column): cell for row, column, cell in cells}
+    names, columns = (list(dict.fromkeys(place)) for place in zip(*found, strict=True))
+    rows = [[name, *(found.get((name, column), "") for column in columns)] for name in names]
+    header = [corner, *columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def show(name: str, make: Table, folder: Path) -> str:
+    result = load(name.replace("-", "_"), folder)
+    return f"{make(result)}\n\n{made_with(result)}"
+
+
+def ms(quartiles: Sequence[float], digits: int = 2) -> str:
+    """The median; in brackets the other two, where they are more than a tenth of it apart."""
+    first, median, third = quartiles
+    brief = [f"{x:.2g}" if x < 99 else f"{x:.0f}" for x in (first, third)]
+    return f"{median:.{digits}f}" + (f" ({'-'.join(brief)})" if third - first > 0.1 * median else "")
+
+
+def spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 # ---- timers ---------------------------------------------------------------------------------------------
@@ -159,7 +191,9 @@ def matmul_tflops(device: str) -> float:
     return 2 * size**3 / median / 1e9
 
 
-def peak_mib(run: Callable[[], object]) -> float:
+def peak_mib(run: Callable[[], object], device: str) -> float:
+    if device != "cuda":
+        return 0.0
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()

@@ -5,28 +5,21 @@ python benchmarks/decode.py [--same-bits]      on a CUDA card
 Sequences of varying length. Padded on the left they end together, where the cache is written to; padded on
 the right each has its query behind its own last token. On the device a step is timed in a CUDA graph, with
 nothing in the L2 cache; on the host it is launched without. Results go to benchmarks/results/decode.json, or
-with --same-bits, what deterministic algorithms cost at the first sizes, to decode_same_bits.json.
+with --same-bits, what deterministic algorithms cost at the first sizes, to decode_same_bits.json; --table
+shows them.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 from cases import padded
-from common import (
-    NotMeasuredError,
-    Row,
-    compile_afresh,
-    deterministic,
-    flash_attention_4,
-    milliseconds,
-    parser_of,
-    require,
-    save,
-)
+from common import NotMeasuredError, Row, deterministic, milliseconds, ms, parser_of, require, save, table
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
@@ -147,7 +140,7 @@ def in_place(cache: Cache) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def fa4(cache: Cache, num_splits: int) -> Callable[[], Tensor]:
-    flash, (inputs, (rows, begins, lengths)) = flash_attention_4(), in_place(cache)
+    flash, (inputs, (rows, begins, lengths)) = common.flash_attention_4(), in_place(cache)
     options: Any = {"cu_seqlens_q": rows, "cu_seqlens_k": begins, "seqused_k": lengths, "max_seqlen_q": 1}
     options |= {"max_seqlen_k": cache.step.kv_len, "num_splits": num_splits}
     return lambda: flash(*inputs, **options)[0].unsqueeze(2)
@@ -205,22 +198,54 @@ def measure(step: Step, device: str, rate: float, ways: dict[str, Any] = WAYS) -
     return rows
 
 
+def decode_table(result: Row) -> str:
+    """On the device, beside the limit: the bytes of the real keys and values, copied."""
+    cells, host = [], dict[str, dict[str, str]]()
+    for row in result["results"]:
+        step, done = str(Step.of(row)), "ms" in row
+        cells += [(step, "limit", f"{row['limit_ms']:.3f}")]
+        cells += [(step, row["way"], ms(row["quartiles"], 3) if done else "")]
+        host.setdefault(step, {})[row["way"]] = f"{row['host_ms']:.2f}" if done else ""
+    shown = ((step, f"{of['ours']} / {of['SDPA, mask row']}") for step, of in host.items())
+    return table("ms", [*cells, *((step, "host ms, ours / SDPA", cell) for step, cell in shown)])
+
+
+def same_bits_table(result: Row) -> str:
+    cells = []
+    for usual, same in zip(result["results"][::2], result["results"][1::2], strict=True):
+        share = f"{ms(same['quartiles'], 3)} ({same['ms'] / usual['ms']:.2f} x)" if "ms" in same else ""
+        cells += [(usual["way"], str(Step.of(usual)), ms(usual["quartiles"], 3))]
+        cells += [(same["way"], str(Step.of(usual)), share)]
+    return table("ms", cells)
+
+
+def readme_figures(folder: Path) -> str:
+    """The first step, on the device and on the host."""
+    mask, ours, sdpa = common.load("decode", folder)["results"][:3]
+    text = f"{ours['ms']:.3f} ms, {mask['ms']:.3f} ms for its mask, and {sdpa['ms']:.3f} ms with SDPA"
+    host = f"{ours['host_ms']:.2f}, {mask['host_ms']:.2f} and {sdpa['host_ms']:.2f} ms"
+    return f"{text}, on the device; on the host {host}"
+
+
+TABLES = {"decode": decode_table, "decode-same-bits": same_bits_table}
+
+
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out at tiny sizes"
-    )
     parser.add_argument("--same-bits", action="store_true", help="what deterministic algorithms cost")
     args = parser.parse_args()
-    compile_afresh()
+    name, ways = ("decode-same-bits", SAME_BITS) if args.same_bits else ("decode", WAYS)
+    if args.table:
+        return print(common.show(name, TABLES[name], args.results))
+    common.compile_afresh()
     rate, rows, steps = copy_rate(args.device), [], STEPS[:7] if args.same_bits else STEPS
-    name, ways = ("decode_same_bits", SAME_BITS) if args.same_bits else ("decode", WAYS)
     if args.device == "cpu":
         tiny = {"batch_size": 3, "heads": 4, "kv_heads": 2, "kv_len": 64, "head_dim": 16}
         steps = [replace(step, **tiny, q_len=min(step.q_len, 5)) for step in steps]
     for step in tqdm(steps, desc="decode"):
         rows += measure(step, args.device, rate, ways)  # one process: sizes come after other batch sizes
-        save(name, rows, args.results, args.device, copy_bytes_per_s=rate)
+        save(name.replace("-", "_"), rows, args.results, args.device, copy_bytes_per_s=rate)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,46 +1,42 @@
-"""Training steps of changing shapes, of attention alone and of models; decoding; first steps; small ones.
+"""Training steps of changing shapes, of attention alone and of models; decoding.
 
 On a CUDA card:
 
-python benchmarks/models.py stream | transformers | packed | step | generate | first-step | small
+python benchmarks/models.py stream | transformers | packed | step | generate
 
-Each way, but for small, runs in a process of its own that starts with nothing compiled. Results go to
-benchmarks/results/NAME.json; benchmarks/report.py shows them.
+Each way runs in a process of its own that starts with nothing compiled. Results go to
+benchmarks/results/NAME.json; --table shows them.
 """
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import torch.nn.functional as F
 from cases import padded, right_padding
-from common import Row, compile_afresh, parser_of, peak_mib, save, synchronize, wall_milliseconds
+from common import Row, Table, ms, parser_of, peak_mib, spaced, synchronize, table, wall_milliseconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 from tqdm import tqdm
 
-from causal_padded_flexattn import (
-    attend,
-    causal,
-    causal_padded_attention,
-    create_causal_padding_block_mask,
-    create_padding_mask,
-)
-from causal_padded_integrations import transformers as integration
+from causal_padded_flexattn import attend, causal, create_causal_padding_block_mask, create_padding_mask
+from causal_padded_integrations.transformers import register
 
 STREAM = {way: way for way in ("closed form", "create_block_mask", "compiled create_block_mask")}
 BATCHES = 24  # of the stream
 MODELS = {
     "sdpa": "sdpa",
     "shipped": "flex_attention, as shipped",
-    "mask": "flex_attention, masks in closed form",
     "ours": "flex_attention, after register()",
 }
 KINDS = ("llama", "mistral", "gemma3")
@@ -53,50 +49,43 @@ STEP = {  # of a training step: whether it is packed, and the attention
     "packed, ours": (True, "ours"),
 }
 STEP_SIZES = [(32, 1024), (8, 4096)]
-KEPT = {  # in turn: the folder of the caches, and the file of the artifacts
-    "nothing kept": ("caches", "artifacts"),
-    "cache folders kept": ("caches", "unused"),
-    "artifacts loaded": ("empty", "artifacts"),
-}
-MODES = {
-    "eager": None,
-    "torch.compile": "default",
-    'torch.compile, mode="reduce-overhead"': "reduce-overhead",
-}
 SIZES_OF_MODEL = 5
-# The lengths of each round are multiplied by it, and the batch divided; the first round compiles.
-ROUNDS = [1] * 4 + [2] * 3 + [4] * 3
 
 
-def compilations() -> int:
-    from torch._dynamo.utils import counters  # no public counter exists
+def timed(run: Callable[[], Any], device: str) -> tuple[Any, Row]:
+    from torch._dynamo.utils import counters  # no public counter of compilations exists
 
-    return counters["stats"]["unique_graphs"]
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    return result, {"seconds": seconds, "compilations": counters["stats"]["unique_graphs"]}
 
 
-def stream_of(way: str) -> None:
-    """24 batches of random size, forward and backward, in this process; a line of JSON for each."""
+def stream_of(way: str, device: str) -> Iterator[Row]:
+    """24 batches of random size, forward and backward."""
     create, generator = create_block_mask, torch.Generator().manual_seed(0)
     if way.startswith("compiled"):
         create = torch.compile(create_block_mask)
+    scale, dtype = (1, torch.bfloat16) if device == "cuda" else (32, torch.float32)
     for _ in range(BATCHES):
         batch_size = int(torch.randint(1, 9, (), generator=generator))
-        length = int(torch.randint(100, 4097, (), generator=generator))
-        pads = right_padding(batch_size, length, generator)
+        length = int(torch.randint(100, 4097, (), generator=generator)) // scale
+        pads = right_padding(batch_size, length, generator, device)
         shape = (3, batch_size, 16, length, 64)
-        inputs = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        if way == "closed form":
-            block_mask = create_causal_padding_block_mask(pads)
-        else:
-            mask_mod = and_masks(causal, create_padding_mask(pads))
-            block_mask = create(mask_mod, batch_size, None, length, length, device="cuda")
-        output = attend(*inputs, block_mask)
-        output.backward(torch.ones_like(output))
-        torch.cuda.synchronize()
-        step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
-        print(json.dumps({"batch_size": batch_size, "length": length, **step}), flush=True)
+        inputs = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+        def step(pads: Tensor = pads, inputs: Tensor = inputs) -> None:
+            if way == "closed form":
+                block_mask = create_causal_padding_block_mask(pads)
+            else:
+                mask_mod = and_masks(causal, create_padding_mask(pads))
+                block_mask = create(mask_mod, len(pads), None, pads.shape[1], pads.shape[1], device)
+            output = attend(*inputs, block_mask)
+            output.backward(torch.ones_like(output))
+
+        yield {"batch_size": batch_size, "length": length} | timed(step, device)[1]
 
 
 def make_model(kind: str, scale: int, layers: int = 4, kv_heads: int = 4) -> torch.nn.Module:
@@ -124,12 +113,8 @@ def make_model(kind: str, scale: int, layers: int = 4, kv_heads: int = 4) -> tor
 
 def model_for(way: str, kind: str, device: str, **more: int) -> tuple[torch.nn.Module, int]:
     """With its attention; and by how much it is smaller, for the CPU to try it out."""
-    from transformers import AttentionMaskInterface
-
-    if way == "mask":
-        AttentionMaskInterface.register("flex_attention", integration.block_mask)
     if way == "ours":
-        integration.register()
+        register()
     scale = 1 if device == "cuda" else 32
     torch.manual_seed(0)
     model = make_model(kind, scale, **more).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -137,76 +122,48 @@ def model_for(way: str, kind: str, device: str, **more: int) -> tuple[torch.nn.M
     return model, scale
 
 
-def generate_of(way: str, kind: str, cache: str, device: str, rounds: int) -> None:
+def generate_of(way: str, kind: str, cache: str, device: str, rounds: int) -> Iterator[Row]:
     """128 new tokens for eight prompts of 500 to 2000, padded on the left, again and again."""
     model, scale = model_for(way, kind, device)
     length, new = 2000 // scale, 128 // scale
     lengths = torch.linspace(500 // scale, length, 8).long().tolist()
     attention_mask = (~padded(lengths, length, "left", device)).long()
     input_ids = torch.randint(1, 32000 // scale, (8, length), generator=torch.Generator().manual_seed(0))
-    prompts = {"input_ids": input_ids.to(device), "attention_mask": attention_mask}
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options |= {"input_ids": input_ids.to(device), "attention_mask": attention_mask}
+    run = partial(model.eval().generate, **options, cache_implementation=cache)
     for round_ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        tokens = model.eval().generate(**prompts, **options, cache_implementation=cache)[:, length:]
-        synchronize(device)
-        step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
-        step |= {"round": round_, "tokens": tokens.numel(), "sum": int(tokens.sum())}
-        print(json.dumps(step), flush=True)
+        tokens, step = timed(run, device)
+        tokens = tokens[:, length:]
+        yield step | {"round": round_, "tokens": tokens.numel(), "sum": int(tokens.sum())}
 
 
-def first_step(artifacts: Path, device: str) -> None:
-    """One training step of attention in this process, with what another process has kept, if it has."""
-    length, dtype = (2048, torch.bfloat16) if device == "cuda" else (64, torch.float32)
-    pads = right_padding(4, length, torch.Generator().manual_seed(0), device)
-    inputs = torch.randn(3, 4, 4, length, 64, device=device, dtype=dtype, requires_grad=True)
-    synchronize(device)
-    start = time.perf_counter()
-    if artifacts.exists():
-        torch.compiler.load_cache_artifacts(artifacts.read_bytes())
-    output = causal_padded_attention(*inputs, pads)
-    output.backward(torch.ones_like(output))
-    synchronize(device)
-    print(json.dumps({"seconds": time.perf_counter() - start, "compilations": compilations()}), flush=True)
-    made = torch.compiler.save_cache_artifacts()
-    if made is not None and not artifacts.exists():
-        artifacts.write_bytes(made[0])
-
-
-def measure_first_steps(device: str, limit: float) -> list[Row]:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for way, (caches, artifacts) in KEPT.items():
-            arguments = ["first-step-of", "--device", device, "--artifacts", f"{folder}/{artifacts}"]
-            rows.append({"way": way} | measure(arguments, 1, limit, f"{folder}/{caches}"))
-    return rows
-
-
-def transformers_of(way: str, kind: str, device: str, rounds: int) -> None:
+def transformers_of(way: str, kind: str, device: str, rounds: int) -> Iterator[Row]:
     """Padded batches of varying size through a small model, forward and backward, again and again."""
     model, scale = model_for(way, kind, device)
-    for round_, longer in enumerate(ROUNDS[:rounds]):
+    for round_ in range(rounds):
         generator = torch.Generator().manual_seed(0)
         for _ in range(SIZES_OF_MODEL):
-            batch_size = max(2, int(torch.randint(2, 9, (), generator=generator)) // longer)
-            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale * longer
+            batch_size = int(torch.randint(2, 9, (), generator=generator))
+            length = int(torch.randint(1560, 3711, (), generator=generator)) // scale
             attention_mask = (~right_padding(batch_size, length, generator, device)).long()
             input_ids = torch.randint(32000 // scale, (batch_size, length), generator=generator).to(device)
-            labels = input_ids.masked_fill(attention_mask == 0, -100)
-            synchronize(device)
-            start = time.perf_counter()
-            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
-            loss.backward()
-            synchronize(device)
-            step = {"seconds": time.perf_counter() - start, "compilations": compilations()}
-            sizes = {"round": round_, "batch_size": batch_size, "length": length, "loss": loss.item()}
-            print(json.dumps({**sizes, **step}), flush=True)
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            batch["labels"] = input_ids.masked_fill(attention_mask == 0, -100)
+            loss, step = timed(partial(loss_of, model, batch), device)
+            yield {"round": round_, "batch_size": batch_size, "length": length, "loss": loss.item()} | step
             model.zero_grad()
 
 
-def packed_of(way: str, device: str) -> None:
-    """Ten packed batches of different lengths through a Llama; of the last also the mask alone."""
+def loss_of(model: torch.nn.Module, batch: Row) -> Tensor:
+    """After its backward pass."""
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def packed_of(way: str, device: str) -> Iterator[Row]:
+    """Ten packed batches of different lengths through a Llama; of the longest also the mask alone."""
     from transformers import masking_utils
 
     model, scale = model_for(way, "llama", device)
@@ -218,29 +175,24 @@ def packed_of(way: str, device: str) -> None:
         places = torch.arange(length).expand(4, -1)
         position_ids = (places - torch.where(begins == 1, places, 0).cummax(1).values).to(device)
         input_ids = torch.randint(32000 // scale, (4, length), generator=generator).to(device)
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        batch = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "labels": input_ids,
+            "use_cache": False,
+        }
 
-        def step(inputs: dict[str, Any] = inputs) -> float:
+        def step(batch: Row = batch) -> float:
             model.zero_grad()
-            loss = model(**inputs, labels=inputs["input_ids"]).loss
-            loss.backward()
-            return loss.item()
+            return loss_of(model, batch).item()
 
-        synchronize(device)
-        start = time.perf_counter()
-        row = {"length": length, "loss": step()}
-        synchronize(device)
-        row |= {"seconds": time.perf_counter() - start, "compilations": compilations()}
+        loss, row = timed(step, device)
         if length == PACKED[0] // scale:
-            embeds = model.get_input_embeddings()(input_ids)
-            of_batch = (model.config, embeds, None, None, position_ids)
+            of_batch = (model.config, model.get_input_embeddings()(input_ids), None, None, position_ids)
             mask = partial(masking_utils.create_causal_mask, *of_batch)
-            row |= {
-                "mask_ms": wall_milliseconds(mask, device, 20),
-                "step_ms": wall_milliseconds(step, device, 5),
-            }
-            row |= {"mask_mib": peak_mib(mask), "step_mib": peak_mib(step)} if device == "cuda" else {}
-        print(json.dumps(row), flush=True)
+            row |= {"mask_ms": wall_milliseconds(mask, device, 20), "mask_mib": peak_mib(mask, device)}
+            row |= {"step_ms": wall_milliseconds(step, device, 5), "step_mib": peak_mib(step, device)}
+        yield {"length": length, "loss": loss} | row
 
 
 def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -255,7 +207,7 @@ def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def step_batch(packed: bool, batch_size: int, length: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+def step_batch(packed: bool, batch_size: int, length: int, vocabulary: int, device: str) -> Row:
     """What a model takes, and labels: sequences of a fifth of the length to all of it, 40 % padding."""
     lengths = torch.linspace(0.2, 1, batch_size).mul(length).long().tolist()
     rows = first_fit(lengths, length) if packed else [[n] for n in lengths]
@@ -270,10 +222,15 @@ def step_batch(packed: bool, batch_size: int, length: int, vocabulary: int, devi
     labels = ids.masked_fill(~real | (places == 0), -100)  # no sequence foretells the next one
     inputs = {"input_ids": ids, "labels": labels}
     inputs |= {"position_ids": places} if packed else {"attention_mask": real.long()}
-    return {name: x.to(device) for name, x in inputs.items()}
+    return {"use_cache": False} | {name: x.to(device) for name, x in inputs.items()}
 
 
-def step_of(way: str, batch_size: int, length: int, device: str) -> Row:
+def step_of(way: str, device: str) -> Iterator[Row]:
+    for batch_size, length in STEP_SIZES:
+        yield measure_step(way, batch_size, length, device)
+
+
+def measure_step(way: str, batch_size: int, length: int, device: str) -> Row:
     """A step of AdamW with a compiled Llama of twelve layers: ms, real tokens a second, MiB at the peak."""
     packed, attention = STEP[way]
     more = {"layers": 12 if device == "cuda" else 2, "kv_heads": 16}
@@ -286,9 +243,8 @@ def step_of(way: str, batch_size: int, length: int, device: str) -> Row:
     compiled = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
 
-    def step() -> float:
-        loss = compiled(**batch, use_cache=False).loss
-        loss.backward()
+    def step() -> Tensor:
+        loss = loss_of(compiled, batch)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -298,125 +254,148 @@ def step_of(way: str, batch_size: int, length: int, device: str) -> Row:
     quartiles = wall_milliseconds(step, device, 10)
     row |= {"rows": len(batch["labels"]), "length": length, "batch_size": batch_size, "real": real}
     row |= {"quartiles": quartiles, "tokens_per_s": real / quartiles[1] * 1e3}
-    return row | ({"peak_mib": peak_mib(step)} if device == "cuda" else {})
+    return row | {"peak_mib": peak_mib(step, device)}
 
 
-class Layers(torch.nn.Module):
-    """Four of attention alone, of a causal model over a padded batch; the mask is made with them."""
-
-    def __init__(self, ours: bool, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.ours, self.heads, width = ours, heads, heads * head_dim
-        sizes = (3 * width, width)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, n) for _ in range(4) for n in sizes)
-
-    def forward(self, x: Tensor, pads: Tensor) -> Tensor:  # x: (B, S, heads * head_dim)
-        attention: Any
-        if self.ours:
-            attention = partial(attend, block_mask=create_causal_padding_block_mask(pads))
-        else:
-            square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-            mask = ~pads[:, None, None] & square.tril()
-            attention = partial(F.scaled_dot_product_attention, attn_mask=mask)
-        for qkv, out in zip(self.layers[::2], self.layers[1::2], strict=True):
-            heads = qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
-            x = x + out(attention(*heads).transpose(1, 2).flatten(2))
-        return x
-
-
-def measure_small_steps(device: str) -> list[Row]:
-    """Wall time of forward and backward together, where launching takes longer than computing."""
-    scale, dtype = (1, torch.bfloat16) if device == "cuda" else (16, torch.float32)
-    rows: list[Row] = []
-    for way in ("ours", "SDPA, explicit mask"):
-        for name, mode in MODES.items():
-            compile_afresh()
-            torch.manual_seed(0)
-            model = Layers(way == "ours", 16, 64 // scale).to(device, dtype)
-            x = torch.randn(4, 512 // scale, 1024 // scale).to(device, dtype)
-            pads = right_padding(4, 512 // scale, torch.Generator().manual_seed(0), device)
-            run: Any = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
-
-            def step(model: Any = model, run: Any = run, x: Tensor = x, pads: Tensor = pads) -> Tensor:
-                model.zero_grad()  # else the next pass would add to what a graph overwrites
-                output = run(x, pads)
-                output.backward(torch.ones_like(output))
-                return output
-
-            for _ in range(4):  # compiles, and records the graphs
-                output = step()
-            norm = output[~pads].float().norm().item()
-            rows.append({"way": way, "mode": name, "ms": wall_milliseconds(step, device, 100), "norm": norm})
-            tqdm.write(str(rows[-1]))
-    return rows
-
-
-def measure(arguments: list[str], steps: int, limit: float, kept: str | None = None) -> Row:
-    """A process that starts with nothing compiled, or with what a folder keeps: its steps, and their sum."""
+def measure(arguments: list[str], limit: float) -> Row:
+    """A process that starts with nothing compiled: its steps, and their sum."""
     with tempfile.TemporaryDirectory() as cold:
-        folder = kept or cold
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
-        command = ["timeout", str(limit), sys.executable, __file__, *arguments]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
+        command = ["timeout", str(limit), sys.executable, __file__, *arguments, "--here"]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    row: Row = {"batches": len(lines), "steps": lines}
-    if len(lines) < steps:
-        return row | {"stopped_after_s": limit}
-    if "seconds" not in lines[0]:
+    steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    row: Row = {"batches": len(steps), "steps": steps}
+    if done.returncode:
+        return row | ({"stopped_after_s": limit} if done.returncode == 124 else {"failed": done.returncode})
+    if "seconds" not in steps[0]:
         return row
-    seconds = [line["seconds"] for line in lines]
-    worst = {"worst_step_s": max(seconds), "compilations": lines[-1]["compilations"]}
+    seconds = [step["seconds"] for step in steps]
+    worst = {"worst_step_s": max(seconds), "compilations": steps[-1]["compilations"]}
     return row | {"total_s": sum(seconds), **worst}
+
+
+def stopped(row: Row) -> str:
+    why = f"stopped after {row['stopped_after_s']:.0f} s" if "stopped_after_s" in row else "failed"
+    return f"{why}, {row['batches']} steps"
+
+
+def stream_table(result: Row) -> str:
+    cells = []
+    for row in result["results"]:
+        cell = stopped(row)
+        if "total_s" in row:
+            cell = f"{row['total_s']:.0f} s ({row['worst_step_s']:.0f} s, {row['compilations']})"
+        cells.append(("24 steps (slowest, compilations)", row["way"], cell))
+    return table("", cells)
+
+
+def transformers_table(result: Row) -> str:
+    """The first round alone: from cold."""
+    cells = []
+    for row in result["results"]:
+        seconds = sum(step["seconds"] for step in row["steps"] if step["round"] == 0)
+        cell = f"{seconds:.0f} s ({row['compilations']})" if "total_s" in row else stopped(row)
+        cells.append((row["model"], row["way"], cell))
+    return table("five steps (compilations)", cells)
+
+
+def packed_table(result: Row) -> str:
+    """The mask and a training step of the last batch, and all ten batches from a cold start."""
+    cells = []
+    for row in result["results"]:
+        if "total_s" not in row:
+            cells += [(row["way"], "mask", stopped(row))]
+            continue
+        last = row["steps"][-1]
+        cells += [(row["way"], "mask", f"{ms(last['mask_ms'])} ms")]
+        cells += [(row["way"], "training step", f"{ms(last['step_ms'], 0)} ms")]
+        cells += [
+            (row["way"], "ten batches (compilations)", f"{row['total_s']:.1f} s ({row['compilations']})")
+        ]
+    return table("", cells)
+
+
+def generate_table(result: Row) -> str:
+    """The median of all rounds but the first, which compiles; and that round's seconds."""
+    cells = []
+    for row in result["results"]:
+        if "total_s" not in row:
+            cell = stopped(row)
+        else:
+            first, *others = row["steps"]
+            rate = statistics.median(step["tokens"] / step["seconds"] for step in others)
+            cell = f"{rate:.0f} ({first['seconds']:.0f} s)"
+        cells.append((f"{row['model']}, {row['cache']} cache", row["way"], cell))
+    return table("tokens a second (first round)", cells)
+
+
+def step_table(result: Row) -> str:
+    cells = []
+    for row in result["results"]:
+        for step in row["steps"]:
+            size, rate = f"{step['batch_size']} x {spaced(step['length'])}", step["tokens_per_s"] / 1e3
+            cells.append((size, row["way"], f"{rate:.0f}"))
+    return table("thousand real tokens a second", cells)
+
+
+def readme_figures(folder: Path) -> str:
+    """The speed of a step of each way at the first and the last size."""
+    ways = {"SDPA": "padded, SDPA is_causal", "this file": "padded, ours", "packed rows": "packed, ours"}
+    steps = {row["way"]: row["steps"] for row in common.load("step", folder)["results"]}
+    rates = {name: [f"{step['tokens_per_s'] / 1e3:.0f}" for step in steps[way]] for name, way in ways.items()}
+    return ", ".join(f"{' / '.join(rate)} ({name})" for name, rate in rates.items())
+
+
+TABLES: dict[str, Table] = {
+    "stream": stream_table,
+    "transformers": transformers_table,
+    "packed": packed_table,
+    "step": step_table,
+    "generate": generate_table,
+}
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    choices = ["stream", "transformers", "packed", "step", "generate", "first-step"]
-    parser.add_argument("what", choices=["small", *choices, *(f"{choice}-of" for choice in choices)])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries all but stream")
-    parser.add_argument("--of", nargs="+", help="ways, all if left out; for -of, the one")
-    parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers")
+    parser.add_argument("what", choices=TABLES)
+    parser.add_argument("--of", nargs="+", help="ways, all if left out")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=KINDS, help="of transformers, generate")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to generate with")
-    parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="of models: the first compiles")
+    parser.add_argument("--rounds", type=int, default=10, help="of models; the first compiles")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that each of them may take")
-    parser.add_argument("--artifacts", type=Path, help="for first-step-of")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one way, in this process
     args = parser.parse_args()
-    if args.what == "stream-of":
-        return stream_of(args.of[0])
-    if args.what == "transformers-of":
-        return transformers_of(args.of[0], args.models[0], args.device, args.rounds)
-    if args.what == "generate-of":
-        return generate_of(args.of[0], args.models[0], args.caches[0], args.device, args.rounds)
-    if args.what == "packed-of":
-        return packed_of(args.of[0], args.device)
-    if args.what == "step-of":
-        for size in STEP_SIZES:
-            print(json.dumps(step_of(args.of[0], *size, args.device)), flush=True)
+    if args.table:
+        return print(common.show(args.what, TABLES[args.what], args.results))
+    if args.here:
+        way, kind, device = args.of[0], args.models[0], args.device
+        steps = {  # none begins before it is asked for a step
+            "stream": stream_of(way, device),
+            "transformers": transformers_of(way, kind, device, args.rounds),
+            "packed": packed_of(way, device),
+            "step": step_of(way, device),
+            "generate": generate_of(way, kind, args.caches[0], device, args.rounds),
+        }
+        for step in steps[args.what]:
+            print(json.dumps(step), flush=True)
         return None
-    if args.what == "first-step-of":
-        return first_step(args.artifacts, args.device)
-    if args.what == "small":
-        return save("small", measure_small_steps(args.device), args.results, args.device)
-    if args.what == "first-step":
-        return save("first_step", measure_first_steps(args.device, args.limit), args.results, args.device)
     names = {"stream": STREAM, "step": {way: way for way in STEP}}.get(args.what, MODELS)
     ways = [
         (way, kind, cache)
-        for kind in ([""] if args.what in ("stream", "packed", "step") else args.models)
+        for kind in (args.models if args.what in ("transformers", "generate") else [""])
         for cache in (args.caches if args.what == "generate" else [""])
         for way in names
         if way in (args.of or names)
     ]
     rows = []
     for way, kind, cache in tqdm(ways, desc=args.what):
-        arguments = [f"{args.what}-of", "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
+        arguments = [args.what, "--of", way, "--device", args.device, "--rounds", str(args.rounds)]
         arguments += (["--models", kind] if kind else []) + (["--caches", cache] if cache else [])
-        rounds = args.rounds * (1 if cache else SIZES_OF_MODEL)
-        steps = {"stream": BATCHES, "packed": len(PACKED), "step": len(STEP_SIZES)}.get(args.what, rounds)
-        row = {"way": names[way], "model": kind, "cache": cache} | measure(arguments, steps, args.limit)
+        row = {"way": names[way], "model": kind, "cache": cache} | measure(arguments, args.limit)
         rows.append(row)
         tqdm.write(str({key: value for key, value in row.items() if key != "steps"}))
-        save(args.what, rows, args.results, args.device)
+        common.save(args.what, rows, args.results, args.device)
+    return None
 
 
 if __name__ == "__main__":

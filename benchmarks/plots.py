@@ -1,13 +1,13 @@
 """Plots of what was measured, into benchmarks/results.
 
-python benchmarks/plots.py attention | scaling | decode | tiles
+python benchmarks/plots.py scaling | decode | tiles
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, block_mask_of
+from cases import block_mask_of
 from common import load, made_with, parser_of
 from decode import Step
 from matplotlib.colors import ListedColormap
@@ -25,35 +25,6 @@ WAYS = {
     "FlashAttention-2 varlen (torch), padded to padded": "FA2, pack and pad",
     "SDPA, explicit mask, cuDNN": "SDPA, explicit mask",
 }
-
-
-def attention(folder: Path) -> Figure:
-    """Bars from zero: forward, and on top of it backward."""
-    result = load("attention", folder)
-    ways: dict[Case, set[str]] = {}
-    for row in result["results"]:
-        ways.setdefault(Case.of(row), set()).add(row["way"])
-    shown = [case for case, measured in ways.items() if measured >= WAYS.keys()][:2]
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        rows = {row["way"]: row for row in result["results"] if Case.of(row) == case}
-        for place, way in enumerate(reversed(WAYS)):
-            color = OURS if way.startswith("ours") else OTHERS
-            row = rows[way]
-            if "forward_ms" not in row:
-                axes.text(0, place, " " + row["not_measured"], va="center", fontsize=9, color="0.4")
-                continue
-            forward, backward = row["forward_ms"][1], row["backward_ms"][1]
-            axes.barh(place, forward, color=color, edgecolor="white")
-            axes.barh(place, backward, left=forward, color=color, alpha=0.55, hatch="///", edgecolor="white")
-            axes.text(forward + backward, place, f" {forward + backward:.1f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(WAYS)), list(reversed(WAYS.values())) if axes is figure.axes[0] else [])
-        axes.set_title(str(case), fontsize=10)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("ms forward (solid) and backward (hatched)", fontsize=9)
-    figure.suptitle(made_with(result), fontsize=8)
-    return figure
 
 
 def label_ends(axes: Any, ends: dict[str, float], x: float, least: float) -> None:
@@ -93,43 +64,23 @@ def scaling(folder: Path) -> Figure:
 def decode(folder: Path) -> Figure:
     """A step's time, and the time in which its keys and values can be read."""
     result = load("decode", folder)
-    steps: dict[Step, dict[str, float]] = {}
+    steps: dict[str, dict[str, float]] = {}
     for row in result["results"]:
-        steps.setdefault(Step.of(row), {"limit": row["limit_ms"]})[row["way"]] = row.get("ms", float("nan"))
+        times = steps.setdefault(str(Step.of(row)), {"limit": row["limit_ms"]})
+        times |= {row["way"]: row["ms"]} if "ms" in row and row["way"] != "block mask" else {}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes, styles = (
-        figure.subplots(),
-        {
-            "limit": {"marker": "|", "color": "black", "s": 160, "label": "real keys and values, copied"},
-            "ours": {"marker": "o", "color": OURS, "s": 90, "label": "ours"},
-            "SDPA, mask row": {"marker": "s", "color": OTHERS, "s": 40, "label": "SDPA, mask row"},
-            "FlashAttention-4, seqused_k": {
-                "marker": "^",
-                "color": "0.7",
-                "s": 50,
-                "label": "FA4, seqused_k",
-            },
-            "varlen_attn, paged": {
-                "marker": "x",
-                "color": "0.3",
-                "s": 40,
-                "label": "torch varlen_attn, paged",
-            },
-        },
-    )
-    places = range(len(steps))[::-1]
-    for way, style in styles.items():
-        axes.scatter([times.get(way, float("nan")) for times in steps.values()], places, zorder=3, **style)
-    axes.hlines(
-        places,
-        [times["limit"] for times in steps.values()],
-        [max(times["ours"], times["SDPA, mask row"]) for times in steps.values()],
-        color="0.85",
-    )
-    axes.set_yticks(places, [str(step) for step in steps], fontsize=8)
-    axes.set(xscale="log", xlabel="ms of a step's attention")
+    axes, places = figure.subplots(), range(len(steps))[::-1]
+    least, most = ([some(times.values()) for times in steps.values()] for some in (min, max))
+    axes.hlines(places, least, most, color="0.85")
+    ways = dict.fromkeys(way for times in steps.values() for way in times)
+    for way, marker in zip(ways, "|os^vxD", strict=False):
+        style = {"color": OURS if way == "ours" else "black" if way == "limit" else OTHERS, "marker": marker}
+        style |= {"s": 90 if way in ("ours", "limit") else 40, "label": way, "zorder": 3}
+        axes.scatter([times.get(way, float("nan")) for times in steps.values()], places, **style)
+    axes.set_yticks(places, list(steps), fontsize=8)
+    axes.set(xscale="log", xlabel="ms of a step's attention; limit: real keys and values, copied")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=5, fontsize=8, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=6, fontsize=8, frameon=False)
     figure.suptitle(made_with(result), fontsize=8)
     return figure
 
@@ -171,11 +122,11 @@ def kinds_of_tiles() -> dict:
     }
 
 
-PLOTS = {"attention": attention, "scaling": scaling, "decode": decode, "tiles": tiles}
+PLOTS = {"scaling": scaling, "decode": decode, "tiles": tiles}
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, measures=False)
     parser.add_argument("which", choices=PLOTS)
     args = parser.parse_args()
     PLOTS[args.which](args.results).savefig(args.results / f"{args.which}.png", dpi=120)

@@ -1,7 +1,7 @@
 """What sequence_parallel_attention costs on any number of GPUs of one host.
 
 torchrun --nproc-per-node N benchmarks/sequence_parallel.py      measure; for N = 1, 2, 4, ... in turn
-python benchmarks/sequence_parallel.py table                     show what was measured
+python benchmarks/sequence_parallel.py --table                   show what was measured
 
 Results go to benchmarks/results/sequence_parallel.json; a run replaces the rows that it measures again.
 """
@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import Row, compile_afresh, load, made_with, parser_of, save, synchronize
+from common import Row, compile_afresh, load, parser_of, save, show, spaced, synchronize
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -150,16 +149,14 @@ def memory(device: str) -> Row:
     return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {}
 
 
-def table(folder: Path) -> str:
+def parallel_table(result: Row) -> str:
     """Milliseconds, memory, and the efficiency against the fewest ranks of a length."""
-    result = load("sequence_parallel", folder)
-    lines = [
-        "| tokens | GPUs | ms forward | with backward | exchange (wire) | GiB | efficiency | same bits |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding: tokens".format(**result)
+    header = f"{shape} | GPUs | ms forward | with backward | exchange (wire) | GiB | efficiency | same bits"
+    lines = [f"| {header} |", "|---|---|---|---|---|---|---|---|"]
     for row, base in with_base(result["results"]):
         layers = f", {row['layers']} layers" if "layers" in row else ""
-        start = f"| {row['length']:,}".replace(",", " ") + f"{layers} | {row['ranks']} |"
+        start = f"| {spaced(row['length'])}{layers} | {row['ranks']} |"
         if base is None:
             lines.append(f"{start} out of memory | | | | | |")
             continue
@@ -173,8 +170,10 @@ def table(folder: Path) -> str:
             "" if row is base or layers else "yes" if row["checksums"] == base["checksums"] else "no",
         ]
         lines.append(f"{start} {' | '.join(cells)} |")
-    shape = "B{batch_size} H{heads}/{kv_heads} D{head_dim}, 40 % right padding".format(**result)
-    return "\n".join([shape, "", *lines, "", made_with(result)])
+    return "\n".join(lines)
+
+
+TABLES = {"sequence-parallel": parallel_table}
 
 
 def size(row: Row) -> tuple[int, int, int]:
@@ -196,7 +195,6 @@ def efficiency(row: Row, base: Row) -> float:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", nargs="?", choices=["measure", "table"], default="measure")
     parser.add_argument(
         "--lengths", nargs="*", type=int, default=[2**13, 2**15, 2**17, 2**19, 2**20], metavar="S"
     )
@@ -207,10 +205,9 @@ def main() -> None:
     parser.add_argument("--heads", default="32/8", metavar="Hq/Hkv")
     parser.add_argument("--head-dim", type=int, default=128, metavar="D")
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out")
     args = parser.parse_args()
-    if args.what == "table":
-        return print(table(args.results))
+    if args.table:
+        return print(show("sequence-parallel", parallel_table, args.results))
 
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

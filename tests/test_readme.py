@@ -5,10 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import attention
+import block_mask
+import decode
+import models
 import pytest
-import report
 import sequence_parallel
 import torch
+from common import show
 from conftest import DEVICES, with_gradients
 from test_mask import assert_same_block_mask
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
@@ -102,8 +106,9 @@ def test_the_closed_form_trains() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    for name in ("decode", "need", "step", "mask-figures"):
-        assert report.TABLES[f"readme-{name}"](RESULTS) in " ".join(README.split()) + README
+    assert attention.readme_need(RESULTS) in README
+    for script in (block_mask, decode, models):
+        assert script.readme_figures(RESULTS) in " ".join(README.split())
 
 
 @pytest.mark.cuda
@@ -119,14 +124,13 @@ def test_the_recipe_of_cudnn() -> None:
 
 
 def test_the_tables_are_those_of_a_run() -> None:
-    both = ["block-mask", "stream", "attention", "transformers", "window", "documents", "decode", "packed"]
-    both += ["scaling", "decode-same-bits"]
-    for name in [*both, "need", "same-bits", "step", "generate", "first-step", "small"]:
-        assert report.TABLES[name](RESULTS) in TABLES
-    assert report.TABLES["generate"](RESULTS / "static") in TABLES
-    for name in both:
-        assert report.TABLES[name](RESULTS / "torch-2.11") in TABLES
-    assert sequence_parallel.table(RESULTS) in TABLES
+    """Each with the card and the versions, if they are not those that the top of the page names."""
+    usual = re.search(r"^\(NVIDIA .*\)$", TABLES, re.M).group()
+    shown = [(models, "generate", RESULTS / "static")]
+    scripts = attention, block_mask, decode, models, sequence_parallel
+    shown += [(script, name, RESULTS) for script in scripts for name in script.TABLES]
+    for script, name, folder in shown:
+        assert show(name, script.TABLES[name], folder).removesuffix(f"\n\n{usual}") + "\n\n" in TABLES
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md"], ids=str)
