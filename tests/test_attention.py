@@ -1,5 +1,6 @@
 """attend and causal_padded_attention: values and gradients against float64."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -277,7 +278,10 @@ def test_score_mods_that_ignore_the_score_are_refused_or_right(train: bool) -> N
         try:
             results = with_gradients(attend, inputs, grad_output if train else None)
         except RuntimeError as error:
-            assert "torch could not compile score_mod, which must return a float" in str(error)
+            words = "torch could not compile score_mod, which must return a float"
+            if train and cpf._TORCH < (2, 12):  # compiles the backward pass when that runs
+                words += "|joint_subgraph_buffer is None"
+            assert re.search(words, str(error))
             continue
         kept = lambda score, *places, f=score_mod: f(score, *places) + score * 0  # so that it has gradients
         way = lambda *x, f=kept: written_out(*x, mask, score_mod=f)[0]
