@@ -1,0 +1,82 @@
+"""Sampling with the bits of training.
+
+    python examples/same_bits.py
+
+Reinforcement learning samples tokens with one kernel and trains on them with another, and the two differ in
+the last bits. Here a step of sampling runs the kernel of training: a block of 128 queries, which begins at a
+multiple of 128, and of which one is real. From torch 2.15 on, its row has the bits of training on CUDA, in a
+batch of another size and in a cache of another capacity. A decoding step is faster, and has other bits. Both
+times are printed. The other layers of a model need operators whose bits do not depend on the batch, either.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from causal_padded_flexattn import attend, create_causal_padding_block_mask
+
+BLOCK = 128
+Cache = tuple[Tensor, Tensor]  # keys and values, (B, Hkv, capacity, E)
+
+
+def step_of_training(query: Tensor, place: int, cache: Cache, pads: Tensor) -> Tensor:
+    """Attention of the token at `place`, (B, Hq, 1, E), by the kernel that training runs.
+
+    `pads`, (B, capacity), marks the padding before the prompts alone. What is not written yet must not count
+    as padding, which would change the order of the sums. Causality hides it.
+    """
+    begin = place // BLOCK * BLOCK
+    block_mask = create_causal_padding_block_mask(pads, BLOCK, q_offset=begin)  # for 128 steps
+    queries = query.new_zeros(*query.shape[:2], BLOCK, query.shape[3])
+    queries[:, :, place - begin] = query[:, :, 0]
+    return attend(queries, *cache, block_mask, backend="triton")[:, :, place - begin, None]
+
+
+def step_of_decoding(query: Tensor, place: int, cache: Cache, pads: Tensor) -> Tensor:
+    """The same by the kernel for decoding, which divides the keys over the card."""
+    block_mask = create_causal_padding_block_mask(pads, 1, q_offset=place)
+    return attend(query, *cache, block_mask)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # as in training: no bits depend on the batch
+    on_cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
+    length, capacity, heads, kv_heads, size = (1024, 4096, 32, 8, 128) if on_cuda else (256, 384, 4, 2, 16)
+    shapes = [(4, n, length, size) for n in (heads, kv_heads, kv_heads)]
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    pads = torch.zeros(4, length, dtype=torch.bool, device=device)
+    pads[1, :BLOCK] = True  # prompts are padded on the left by whole blocks
+
+    training = attend(query, key, value, create_causal_padding_block_mask(pads), backend="triton")
+
+    rows = [1, 2]  # sampled in another batch, into a larger cache
+    cache = key.new_zeros(2, kv_heads, capacity, size), value.new_zeros(2, kv_heads, capacity, size)
+    sampled_pads = torch.zeros(2, capacity, dtype=torch.bool, device=device)
+    sampled_pads[:, :length] = pads[rows]
+    ways = {"by the kernel of training": step_of_training, "by the kernel for decoding": step_of_decoding}
+    results: dict[str, list[Tensor]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for place in range(length):
+            for x, whole in zip(cache, (key, value), strict=True):
+                x[:, :, place] = whole[rows, :, place]  # a model computes these at every step
+            if place < length - 40:
+                continue  # a prompt
+            for name, step in ways.items():
+                results[name].append(step(query[rows, :, place : place + 1], place, cache, sampled_pads))
+        for name, step in ways.items():
+            found, expected = torch.cat(results[name], 2), training[rows, :, length - 40 :]
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+            same = (found == expected).all(-1).float().mean().item()
+            known = {"step": step, "x": (query[rows, :, -1:], length - 1, cache, sampled_pads)}
+            time = Timer("step(*x)", globals=known).blocked_autorange(min_run_time=0.1).median
+            print(f"{name}: {same:.0%} of the rows have the bits of training; {time * 1e6:.0f} µs a step")
+            if on_cuda and torch.__version__ >= "2.15" and step is step_of_training:
+                assert same == 1
+    if not on_cuda:
+        print("this CPU checks the values; the bits show on CUDA")
+
+
+if __name__ == "__main__":
+    main()
