@@ -10,9 +10,10 @@
 A mask_mod says which pairs of a query and a key are allowed. A block mask lists the tiles, blocks of scores,
 that hold such pairs. Part 1 is the textbook: attention as FlexAttention's documentation has it. Part 2 finds
 the block mask without asking about every pair. Part 3 is the attention to use, part 4 a reference. Part 5 is
-the demonstration: run as a script, this file checks itself, times itself on a GPU, and draws the mask. Parts
-6 to 8 check arguments and choose kernels. To vendor the file, copy all of it, or leave out parts 4 and 5 and
-the last two lines. All but the figure needs torch alone.
+the demonstration: run as a script, this file compares itself with SDPA, is timed on a GPU, and draws the
+mask. Part 6 checks arguments, part 7 chooses kernels, and part 8 says when results are the same to the bit.
+To vendor the file, copy all of it, or leave out parts 4 and 5 and the last two lines. All but the figure
+needs torch alone.
 
 Shapes are written as in torch.nn.functional.scaled_dot_product_attention: B batch size, Hq query heads, Hkv
 key and value heads, L number of queries, S number of keys (max_seq_len), E head size of query and key, Ev
@@ -90,9 +91,9 @@ def textbook_attention(
     """Causal attention over a padded batch, as the documentation of FlexAttention has it.
 
     `attend` computes the same, with less time and memory for the mask. It also accepts fewer queries than
-    keys, and has gradients on the CPU, where flex_attention runs uncompiled here and has none. After eight
-    recompilations torch only warns, and runs flex_attention uncompiled on CUDA too, with memory for every
-    score. `attend` raises an error instead, after 64.
+    keys, and has gradients on the CPU, where this function has none. After eight recompilations torch only
+    warns, and runs flex_attention uncompiled, with memory for every score. `attend` allows 64, and then
+    raises an error. On torch 2.11 it raises the limit of the whole process for this.
 
     Args:
         query: (B, Hq, S, E).
@@ -133,9 +134,9 @@ def create_causal_padding_block_mask(
     compiles nothing, does not wait for the device, and needs memory for the tokens and the tiles only.
 
     Args:
-        pads: (B, S), torch.bool, True where the key is padding. In a preallocated cache, what is not written
-            yet is padding too: give q_offset there, since by default the queries stand at the end of the
-            cache, count as padding and give zeros. Attention reads `pads` again, so leave it unchanged until
+        pads: (B, S), torch.bool, True where the key is padding. What is not written yet of a preallocated
+            cache is padding, too. With such a cache give q_offset: by default the queries stand at its end,
+            where they are padding and give zeros. Attention reads `pads` again, so leave it unchanged until
             the backward pass is done.
         q_len: L, the number of queries. None means as many as fit from q_offset on.
         q_offset: the place of the first query on the axis of the keys. None means S - L: the queries are the
@@ -143,9 +144,9 @@ def create_causal_padding_block_mask(
             because that would wait for the device.
         window: how many places back a query sees, its own included. None means all.
         padding_side: "right" or "left" promises that all padding stands there. Where L = S, kernels then
-            compare places with the first or the last real one instead of looking `pads` up: this is faster.
-            Elsewhere it is checked and not used. A broken promise is a ValueError on the CPU. On CUDA and in
-            graphs it is a failed assertion, and vmap is not supported. Other devices do not notice it.
+            compare places instead of reading `pads`, which is faster. Elsewhere it is only checked. A broken
+            promise is a ValueError on the CPU. In graphs, and on CUDA, where the process must be started
+            again, it is a failed assertion, and vmap is not supported. Other devices do not check it.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block). From
             torch 2.14 on, Triton's kernels train sequences of up to 4096 tokens faster in blocks of 64.
 
@@ -158,7 +159,7 @@ def create_causal_padding_block_mask(
     """
     q_len, q_offset, blocks = _check_mask_options(pads, q_len, q_offset, window, padding_side, BLOCK_SIZE)
     keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device)  # (S,), their places
-    # Where the queries stand among the keys, (L,), and which of them are padding, (B, L).
+    # The places of the queries, (L,), each the last key that its query sees, and their padding, (B, L).
     if isinstance(q_offset, Tensor):
         queries = q_offset.reshape(1) if q_len == 1 else keys[:q_len] + q_offset
         query_pads = pads.index_select(1, queries)
@@ -166,19 +167,19 @@ def create_causal_padding_block_mask(
         queries = keys[q_offset : q_offset + q_len]
         query_pads = pads if q_len == pads.shape[1] else pads[:, q_offset : q_offset + q_len]
     first = None if window is None else queries - (min(window, _END) - 1)
-    computes = padding_side is not None and q_len == pads.shape[1]  # otherwise runs are looked up
-    rules = _make_rules(pads, window, padding_side) if computes else None
+    computes = padding_side is not None and q_len == pads.shape[1]
+    rules = _make_rules(pads, window, padding_side) if computes else None  # None looks the runs up
     return _build_block_mask(first, queries, None, keys, pads, query_pads, blocks, rules)
 
 
 def create_block_mask_from_runs(
     first: Tensor | None, last: Tensor | None, pads: Tensor, *, query_pads: Tensor | None = None,
-    until: Tensor | None = None, BLOCK_SIZE: int | tuple[int, int] = 128,
+    until: Tensor | None = None, key_places: Tensor | None = None, BLOCK_SIZE: int | tuple[int, int] = 128,
 ) -> BlockMask:  # fmt: skip
     """Build in closed form the BlockMask of queries that each see one run of keys, less the padding.
 
-    A tile is a block of queries against a block of keys, and a pair is one query and one key of it. The
-    smallest and the largest numbers in its two blocks tell what it is:
+    Each query sees the keys from its `first` to its `last`. A tile is a block of queries against a block of
+    keys. The smallest and the largest of these places in its two blocks tell what a tile is:
 
         some pair may be allowed:   max(last) >= min(key)  and  max(key) >= min(first)
         every pair is allowed:      min(last) >= max(key)  and  min(key) >= max(first)
@@ -204,10 +205,9 @@ def create_block_mask_from_runs(
         a prefix of n tokens, right padding   None, place.clamp(min=n - 1)
         chunks of n, and the chunk before     (place // n - 1) * n, place // n * n + n - 1
 
-    The runs may stand in any order. Without `until`, where neither end falls from one query to the next,
-    every real query sees a real key, and each real key between two runs is in some run, the tiles are those
-    of `create_block_mask`. Otherwise a tile in which no pair is allowed may be computed too. That takes time
-    and changes no result.
+    For these masks, where queries and keys are the same tokens, the tiles are those of `create_block_mask`.
+    For other runs, which may stand in any order, and with `until`, a tile in which no pair is allowed may be
+    computed too. That takes time and changes no result.
 
     Args:
         first, last: (L,) or (B, L), integers of any size: the places of the first and of the last key that
@@ -218,8 +218,10 @@ def create_block_mask_from_runs(
         query_pads: (B, L), torch.bool, True where the query is padding. None means `pads`: queries and keys
             are the same tokens.
         until: (B, S), integers of any size: the last query that sees the key, counted from 0 among the
-            queries given. L - 1 or more means no limit. This describes trees, stored depth first. What
-            stands at padded keys does not matter.
+            queries given. L - 1 or more means no limit. In a tree stored depth first it is the last
+            descendant of the key, and `last` is `place`. What stands at padded keys does not matter.
+        key_places: (S,) or (B, S), integers of any size: the places of the keys, where they are not stored in
+            the order of their places. `pads` and `until` follow the order in which they are stored.
         BLOCK_SIZE: the number of tokens in a block, or a pair (queries in a block, keys in a block).
 
     Returns:
@@ -228,13 +230,13 @@ def create_block_mask_from_runs(
     Raises:
         TypeError, ValueError: an argument does not fit. The message says what was expected.
     """
-    query_pads, blocks = _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE)
-    keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device)
+    query_pads, blocks = _check_runs(first, last, pads, query_pads, until, key_places, BLOCK_SIZE)
     # Clamped, so that int32 also holds a place plus or minus _FAR. Widened first, since bytes hold no -1.
     near = lambda x: (x if x.dtype == torch.int64 else x.int()).clamp(-1, _END).int()
-    first, last, until = (None if x is None else near(x) for x in (first, last, until))
+    first, last, until, places = (None if x is None else near(x) for x in (first, last, until, key_places))
+    keys = torch.arange(pads.shape[1], dtype=torch.int32, device=pads.device) if places is None else places
     last = keys.new_full((query_pads.shape[1],), _END) if last is None else last
-    return _build_block_mask(first, last, until, keys, pads, query_pads, blocks)
+    return _build_block_mask(first, last, until, keys, pads, query_pads, blocks, places=places)
 
 
 _END = 2**29  # a place past the end of every sequence
@@ -242,7 +244,7 @@ _FAR = 2**30  # a distance that takes any place up to _END out of reach; int32 h
 
 
 class _Origin(NamedTuple):
-    """What part 7 chooses a kernel by, noted on a mask_mod. It outlives `.to()`, not and_masks."""
+    """Notes on a mask_mod that was made here. `BlockMask.to` keeps them, and and_masks drops them."""
 
     is_ours: bool = False
     has_first: bool = False  # whether runs may begin after the first key
@@ -253,21 +255,23 @@ def _origin_of(block_mask):
     return getattr(getattr(block_mask, "mask_mod", None), "origin", _Origin())
 
 
-def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=None):
+def _build_block_mask(first, last, until, keys, pads, query_pads, blocks, rules=None, places=None):
     """The lists of tiles and a mask_mod: the conjunction of rules, or else of look-ups in the runs."""
     q_len, (q_block, kv_block) = query_pads.shape[1], blocks
     decodes = not torch.is_grad_enabled() and q_len <= min(_MOST_DECODING_QUERIES, q_block)  # part 7
-    # Compiled graphs ask whether a size is 1. With two blocks at least, one serves all lengths (part 7).
+    # A compiled graph is specialized to a size of 1. With at least two blocks one graph serves all lengths.
     find_tiles, least = (_find_tiles_operator, 2) if torch.compiler.is_compiling() else (_find_tiles, 1)
     tables, lists = find_tiles(first, last, until, keys, pads, query_pads, q_block, kv_block, least, decodes)
     origin = _Origin(True, first is not None, rules is not None)
     # Rules capture tensors. A number that they capture would be compiled in: a kernel for each value.
     if rules is None:
         last_key = tables[0]  # below every key where the query is padding
-        rules = [lambda b, h, q_idx, kv_idx: kv_idx <= last_key[b, q_idx]]
+        table = None if places is None else places.expand_as(pads).contiguous()  # (B, S)
+        place = lambda b, kv_idx: kv_idx if table is None else table[b, kv_idx]
+        rules = [lambda b, h, q_idx, kv_idx: place(b, kv_idx) <= last_key[b, q_idx]]
         if first is not None:
             first_key = tables[1]
-            rules.append(lambda b, h, q_idx, kv_idx: kv_idx >= first_key[b, q_idx])
+            rules.append(lambda b, h, q_idx, kv_idx: place(b, kv_idx) >= first_key[b, q_idx])
         if until is None:
             rules.append(lambda b, h, q_idx, kv_idx: ~pads[b, kv_idx])
         else:
@@ -321,9 +325,11 @@ def _find_tiles(
     fill_queries = partial(_fill_up, block=q_block, least=1 if decodes else least)
     fill_keys = partial(_fill_up, block=kv_block, least=least)
     q_pads, kv_pads, keys = fill_queries(query_pads, value=True), fill_keys(pads, value=True), fill_keys(keys)
-    # The smallest and the largest number of each block, (B, 1, rows, 1) and (B, 1, 1, columns).
-    of_rows = lambda x: _find_ends(x.view(x.shape[0], 1, -1, 1, q_block))
-    of_columns = lambda x: _find_ends(x.view(x.shape[0], 1, 1, -1, kv_block))
+    # The smallest and the largest number of each block, .min and .max: (B, 1, rows, 1), (B, 1, 1, columns).
+    one = lambda x: torch.return_types.aminmax((x.squeeze(-1),) * 2)  # of one number, without a kernel
+    ends = lambda x: x.aminmax(dim=-1) if x.shape[-1] > 1 else one(x)
+    of_rows = lambda x: ends(x.view(x.shape[0], 1, -1, 1, q_block))
+    of_columns = lambda x: ends(x.view(x.shape[0], 1, 1, -1, kv_block))
     # Padding is moved so far away that no comparison below holds for it. A sum keeps the strides of pads that
     # are a transposed view, and the operator of part 7 promises contiguous tables.
     move = lambda x, padding, far: torch.add(x, padding, alpha=far).contiguous()
@@ -357,15 +363,10 @@ def _fill_up(x, block, least, value=None):
     return F.pad(x, (0, missing), value=value) if missing else x
 
 
-def _find_ends(x):
-    """The smallest and the largest along the last dimension, .min and .max. One number is both."""
-    return torch.return_types.aminmax((x.squeeze(-1),) * 2) if x.shape[-1] == 1 else x.aminmax(dim=-1)
-
-
 def _list_tiles(tiles):
     """How many tiles of each row are True, (..., rows), and which ones, (..., rows, columns).
 
-    Places of a row that are not used repeat its last tile. Kernels do not read them.
+    Places of a row that are not used repeat its last tile, or are 0. Kernels do not read them.
     """
     columns = tiles.shape[-1]
     dtype = torch.int16 if 128 < columns < 2**15 else torch.int32  # half the memory of long rows
@@ -420,6 +421,11 @@ def attend(
     CUDA runs compiled kernels. Other devices run plain operators, which need memory for every score. Part 8
     of this file says when a sequence gets the same bits whatever shares its batch.
 
+    What changes, differs between layers or is learned must be captured by a score_mod as a tensor of one
+    dimension or more, and looked up: `weight[h]`. A number is compiled into a kernel. Torch 2.11 overlooks
+    changed default arguments of functions that score_mod calls. On CUDA a score that is not finite at masked
+    pairs makes the gradients of captured tensors NaN: write `log((q_idx - kv_idx).clamp(min=1))`.
+
     Args:
         query: (B, Hq, L, E). Kernels read a transposed view of (B, L, Hq, E) as it is, also of key and value.
         key: (B, Hkv, S, E). Query head i reads key head i // (Hq // Hkv).
@@ -431,17 +437,10 @@ def attend(
             floating point number that it computes from `score`. q_idx is 0 for the first query given,
             whatever q_offset is. Other devices than CUDA call it once, with tensors of all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
-        backend: which kernels CUDA runs: "triton"; "flash" for FlashAttention-4's, on Hopper, in half
-            precision, for heads of up to 128, without score_mod, and before torch 2.15 only where L = S and
-            without return_lse; or "auto" for "flash" where it can be used and was measured to be faster:
-            for large inputs, and never under `torch.use_deterministic_algorithms(True)`.
-
-    What a score_mod captures:
-        - What changes, differs between layers or is learned must be a tensor of one dimension or more, which
-          it looks up: `weight[h]`. Numbers are compiled into a kernel. In a function that score_mod calls,
-          torch 2.11 does not see another default argument.
-        - On CUDA what is not finite at masked pairs makes the gradients of captured tensors NaN: clamp it, as
-          in `log((q_idx - kv_idx).clamp(min=1))`.
+        backend: which kernels CUDA runs. "flash" means FlashAttention-4's. It needs the package flash-attn-4,
+            Hopper, half precision, heads of up to 128, no score_mod, and before torch 2.15 L = S and no
+            return_lse. "auto" is "flash" where this was measured to be faster, for large inputs, and "triton"
+            elsewhere. `torch.use_deterministic_algorithms(True)` rules "flash" out.
 
     Returns:
         (B, Hq, L, Ev). Rows of queries that see no key, such as padding, are exact zeros, and give exact zero
@@ -462,7 +461,7 @@ def attend(
 
 
 def _attend(query, key, value, score_mod, block_mask, scale, return_lse, backend="auto"):
-    """The output, and the log-sum-exp or None. Integrations may pass a block_mask of None: all pairs."""
+    """The output, and the log-sum-exp or None. A block_mask of None, for integrations, allows all pairs."""
     if not query.is_cuda:
         return _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, return_lse)
     if backend == "auto":
@@ -483,8 +482,8 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
     head = torch.arange(query.shape[1], device=query.device) // group
     key, value = (x.to(wide).index_select(1, head) for x in (key, value))
     scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)  # (B, Hq, L, S)
-    sizes = enumerate(scores.shape)
-    places = [torch.arange(n, device=query.device).view(-1, *[1] * (3 - i)) for i, n in sizes]  # broadcast
+    b, h, q_idx, kv_idx = (torch.arange(n, device=query.device) for n in scores.shape)
+    places = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), q_idx.view(-1, 1), kv_idx
     mask = None
     if _origin_of(block_mask).is_ours:
         mask = block_mask.mask_mod(*places)  # (B or 1, 1, L, S)
@@ -509,7 +508,7 @@ def _attend_in_plain_operators(query, key, value, score_mod, block_mask, scale, 
 def _modify_scores(scores, places, mask, score_mod):
     given = [x.expand_as(scores) for x in (scores, *places)]
     if mask is not None:
-        # At masked pairs some allowed pair is evaluated. What is not finite there would make gradients NaN.
+        # Masked pairs get the inputs of an allowed one: what is not finite there would make gradients NaN.
         allowed = mask.expand_as(scores).flatten().int().argmax(0, keepdim=True)
         given = [torch.where(mask, x, x.flatten()[allowed]) for x in given]
     modified = score_mod(*given)
@@ -529,7 +528,6 @@ def _cast_for_autocast(*tensors):
 
 
 # ---- 4. The reference -------------------------------------------------------------------------------------
-
 __all__ += ["sdpa_reference"]
 
 
@@ -575,7 +573,6 @@ def _explicit_mask(pads, q_len=None, causal=True):
 
 
 # ---- 5. The demonstration: python causal_padded_flexattn.py -----------------------------------------------
-
 __all__ += ["main"]
 
 
@@ -621,7 +618,9 @@ def _parse(argv):
         return int(text)
 
     about = "Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn."
-    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)  # an error is one line, then
+    parser = argparse.ArgumentParser(
+        description=about, usage=argparse.SUPPRESS
+    )  # so that an error is one line
     add, fail, device = parser.add_argument, parser.error, "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cuda", "cpu"], default=device, help="default: cuda if there is one")
     add("--lengths", type=lambda x: [*map(count, x.split(","))], metavar="N,N,...", help="default: random")
@@ -632,7 +631,7 @@ def _parse(argv):
     add("--output", type=Path, metavar="PATH", help="default: causal_padding_mask.png, or ..._left.png")
     add("--no-figure", action="store_true", help="draw nothing")
     args = parser.parse_args(argv)
-    if args.device == "cuda" != device:
+    if args.device == "cuda" and device == "cpu":
         fail("torch sees no CUDA device: pass --device cpu, or install a CUDA build of torch")
     batch_size, length = (8, 4096) if args.device == "cuda" else (4, 512)
     length = args.max_seq_len = args.max_seq_len or length
@@ -640,8 +639,7 @@ def _parse(argv):
     args.lengths = args.lengths or torch.randint(max(1, length // 8), length + 1, (batch_size,)).tolist()
     if max(args.lengths) > length:
         fail(f"--lengths has {max(args.lengths)} tokens: raise --max-seq-len {length}")
-    name = "causal_padding_mask.png" if args.padding_side == "right" else "causal_padding_mask_left.png"
-    args.output = args.output or Path(name)
+    args.output = args.output or Path(f"causal_padding_mask{'_left' * (args.padding_side == 'left')}.png")
     if args.output.suffix != ".png":
         fail(f"--output must be a .png file; got {args.output}")
     return args
@@ -658,11 +656,10 @@ def _demonstrate(args):
     padding = f"{pads.float().mean():.0%} of them padding on the {args.padding_side}"
     print(f"batch   {batch_size} x {length} tokens, {padding}; {heads} heads of size {shape[3]}, {dtype}")
 
-    # The mask of the textbook, and the same in closed form.
     ours: Any = create_causal_padding_block_mask(pads)
     textbook, full, partly = _textbook_block_mask(pads), ours.full_kv_num_blocks, ours.kv_num_blocks
     same = torch.equal(ours.to_dense(), textbook.to_dense())
-    same = same and torch.equal(full, textbook.full_kv_num_blocks)
+    same &= torch.equal(full, textbook.full_kv_num_blocks)
     skipped = ours.kv_indices.numel() - full.sum() - partly.sum()
     tiles = f"tiles of 128 x 128 scores: {full.sum()} full, {partly.sum()} partial, {skipped} skipped"
     print(f"mask    {tiles}; as create_block_mask finds them: {'ok' if same else 'WRONG'}")
@@ -753,6 +750,7 @@ def _draw_mask(path, padding_side):
 
 
 # ---- Nothing below changes a result: a reader can stop here -----------------------------------------------
+# It checks arguments, and chooses kernels that agree up to rounding.
 
 # ---- 6. What does not fit ---------------------------------------------------------------------------------
 # No check waits for the device: values are read only where they lie on the CPU.
@@ -797,9 +795,10 @@ def _check_padding_side(pads, side):
         torch._assert_async(holds, rule)
 
 
-def _check_runs(first, last, pads, query_pads, until, BLOCK_SIZE):
+def _check_runs(first, last, pads, query_pads, until, key_places, BLOCK_SIZE):
     """query_pads and the two block sizes, if everything fits."""
-    given = {k: x for k, x in {"first": first, "last": last, "until": until}.items() if x is not None}
+    given = {"first": first, "last": last, "until": until, "key_places": key_places}
+    given = {name: x for name, x in given.items() if x is not None}
     if query_pads is None:
         _check_tensors(pads=pads)
         q_len = next((x.shape[-1] for x in (first, last) if isinstance(x, Tensor) and x.dim()), pads.shape[1])
@@ -898,7 +897,7 @@ _EXPECTED = {
     "pads": (("B", "S"), _PADS),
     "query_pads": (("B", "L"), _PADS),
     **dict.fromkeys(("first", "last"), (("B", "L"), _RUNS)),
-    "until": (("B", "S"), "a tensor of integers, one for each key"),
+    **dict.fromkeys(("until", "key_places"), (("B", "S"), "a tensor of integers, one for each key")),
     "query": (("B", "Hq", "L", "E"), _INPUT),
     "key": (("B", "Hkv", "S", "E"), _INPUT),
     "value": (("B", "Hkv", "S", "Ev"), _INPUT),
@@ -922,7 +921,7 @@ def _check_tensors(**tensors: Any) -> None:
             is_right = x.dtype == torch.bool if kind is _PADS else x.dtype in _INTEGERS
         if not is_right:
             _require(False, f"{name} must be {kind}", TypeError, **tensors)
-        if kind is _RUNS and x.dim() == 1:  # one run of each query serves all sequences
+        if (kind is _RUNS or name == "key_places") and x.dim() == 1:  # one for all sequences
             letters = letters[1:]
         rule = f"{name} must be of shape ({', '.join(letters)})"
         if len(letters) != x.dim():
@@ -1185,9 +1184,9 @@ def _(info, in_dims, *args):
 # step under torch.no_grad gets the same bits in a batch of any size and in a cache of any capacity, and also
 # if the sequence is moved in its row by a multiple of 128. The block mask must be made here, under the same
 # setting and with the same options. In a graph that the caller compiles, that compilation decides the bits.
-# Prefill and decoding run different kernels, whose results differ by about as much as each differs from exact
-# attention. Before torch 2.15 the setting only leaves out FlashAttention-4's kernels, which add up gradients
-# in any order.
+# With backend="triton" chunks of whole blocks have the bits of the whole pass. Decoding has others, so
+# examples/same_bits.py samples by blocks. Before torch 2.15 the setting only leaves out FlashAttention-4's
+# kernels, which add up gradients in any order.
 
 _SPLIT_AS_FOR = 4  # the batch size that decoding splits the keys for: into how many parts decides the bits
 
