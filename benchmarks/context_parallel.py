@@ -45,12 +45,12 @@ class Rank:
         return self.rank
 
 
-def plain(pads: Tensor, ranks: int, block: int, window: int | None) -> Tensor:
+def plain(pads: Tensor, ranks: int, block: int) -> Tensor:
     return torch.arange(pads.shape[1], device=pads.device).expand_as(pads)
 
 
-def head_tail(pads: Tensor, ranks: int, block: int, window: int | None) -> Tensor:
-    pieces = plain(pads, ranks, block, window).chunk(2 * ranks, dim=1)
+def head_tail(pads: Tensor, ranks: int, block: int) -> Tensor:
+    pieces = plain(pads, ranks, block).chunk(2 * ranks, dim=1)
     return torch.cat([pieces[i] for rank in range(ranks) for i in (rank, 2 * ranks - 1 - rank)], 1)
 
 
@@ -102,7 +102,7 @@ def main() -> None:
             for ranks in RANKS:
                 for order, make in ORDERS.items():
                     row: Row = {"length": length, "kind": kind, "ranks": ranks, "order": order}
-                    places: Any = make(pads, ranks, block, reach)
+                    places: Any = make(pads, ranks, block)
                     rows.append(row | measure(pads, places, ranks, block, reach, heads))
                     tqdm.write(str(rows[-1]))
                     save("context_parallel", rows, args.results, args.device)

@@ -18,11 +18,12 @@ from causal_padded_flexattn import attend, create_block_mask_from_runs, create_c
 __all__ = ["balanced_places", "context_parallel_attention", "context_parallel_block_mask"]
 
 
-def balanced_places(pads: Tensor, ranks: int, block: int = 128, window: int | None = None) -> Tensor:
+def balanced_places(pads: Tensor, ranks: int, block: int = 128) -> Tensor:
     """Find an order of the tokens in which every rank has as much to compute.
 
-    Blocks of queries are sorted by the number of tiles that they have in the block mask, and dealt out back
-    and forth. Nothing waits for the device. Rank r keeps the tokens in the r-th part of the result:
+    Blocks of queries are sorted by the number of tiles that they have in the causal block mask, and dealt out
+    back and forth, which also balances masks with a window. Nothing waits for the device. Rank r keeps the
+    tokens in the r-th part of the result:
 
         places = balanced_places(pads, ranks)  # the same on every rank
         own = tokens.gather(1, places.chunk(ranks, dim=1)[rank])  # tokens: (B, S)
@@ -31,7 +32,6 @@ def balanced_places(pads: Tensor, ranks: int, block: int = 128, window: int | No
         pads: (B, S), torch.bool, True where the token is padding. S must be a multiple of ranks * block.
         ranks: the number of ranks.
         block: how many tokens stay together, the block size of the mask.
-        window: how many places back a query sees, its own included. None means all.
 
     Returns:
         (B, S), int64: for each token in the new order its place in the sequence.
@@ -39,7 +39,7 @@ def balanced_places(pads: Tensor, ranks: int, block: int = 128, window: int | No
     Raises:
         TypeError, ValueError: the length does not fit, or what `create_causal_padding_block_mask` raises.
     """
-    block_mask = create_causal_padding_block_mask(pads, window=window, BLOCK_SIZE=block)
+    block_mask = create_causal_padding_block_mask(pads, BLOCK_SIZE=block)
     if pads.shape[1] % (ranks * block):
         rule = "the length must be a multiple of ranks * block: pad the sequences, or take smaller blocks"
         raise ValueError(f"{rule}; got {pads.shape[1]} tokens, {ranks} ranks and blocks of {block}")
