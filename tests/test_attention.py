@@ -37,10 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 import causal_padded_flexattn as cpf
-from causal_padded_flexattn import (
-    causal_padded_attention,
-    create_block_mask_from_runs,
-)
+from causal_padded_flexattn import causal_padded_attention, create_block_mask_from_runs
 
 SEEN: dict[str, Callable[[Tensor], dict]] = {
     "causal": lambda pads: {},

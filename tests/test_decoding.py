@@ -15,22 +15,13 @@ from conftest import (
     with_gradients,
     written_out,
 )
-from helpers import (
-    capture,
-    make_inputs,
-    make_pads,
-    make_spans,
-    make_until,
-    masked_sdpa,
-)
+from helpers import capture, make_inputs, make_pads, make_spans, make_until, masked_sdpa
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import causal_padded_flexattn as cpf
-from causal_padded_flexattn import (
-    causal_padded_attention,
-)
+from causal_padded_flexattn import causal_padded_attention
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,30 +10,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import (
-    DEVICES,
-    assert_as_exact,
-    block_mask_of,
-    explicit_mask,
-    with_gradients,
-)
-from helpers import (
-    make_inputs,
-    make_pads,
-    make_spans,
-    make_until,
-    masked_sdpa,
-)
+from conftest import DEVICES, assert_as_exact, block_mask_of, explicit_mask, with_gradients
+from helpers import make_inputs, make_pads, make_spans, make_until, masked_sdpa
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import causal_padded_flexattn as cpf
-from causal_padded_flexattn import (
-    causal_padded_attention,
-    create_block_mask_from_runs,
-    sdpa_reference,
-)
+from causal_padded_flexattn import causal_padded_attention, create_block_mask_from_runs, sdpa_reference
 
 
 class Layer(torch.nn.Module):

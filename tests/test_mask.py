@@ -6,14 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import (
-    DEVICES,
-    assert_as_exact,
-    block_mask_of,
-    exact_attention,
-    explicit_mask,
-    with_gradients,
-)
+from conftest import DEVICES, assert_as_exact, block_mask_of, exact_attention, explicit_mask, with_gradients
 from helpers import looks_up, make_inputs, make_pads, masked_sdpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -296,8 +289,7 @@ def test_pads_in_any_layout(device: str, q_len: int) -> None:
     plain = block_mask_of(pads.T.contiguous(), q_len)
     assert_same_block_mask(block_mask_of(pads.T, q_len), plain)
     assert_same_block_mask(
-        block_mask_of(pads.T[:1].expand(3, 300), q_len),
-        block_mask_of(pads.T[:1].repeat(3, 1), q_len),
+        block_mask_of(pads.T[:1].expand(3, 300), q_len), block_mask_of(pads.T[:1].repeat(3, 1), q_len)
     )
 
 

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    make_inputs,
-    make_pads,
-)
+from helpers import make_inputs, make_pads
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -104,11 +101,7 @@ PADS = _zeros(3, 8, dtype=torch.bool)
             r"query must be of shape \(B, Hq, L, E\).*query \(3, 8, 16\) ",
         ),
         ({"key": _zeros(3, 8, 16)}, ValueError, r"key must be of shape \(B, Hkv, S, E\)"),
-        (
-            {"query": _zeros(3, 4, 0, 16)},
-            ValueError,
-            "query must be.*no dimension may be empty",
-        ),
+        ({"query": _zeros(3, 4, 0, 16)}, ValueError, "query must be.*no dimension may be empty"),
         ({"query": _zeros(0, 4, 8, 16)}, ValueError, "query must be.*no dimension may be empty"),
         (
             {name: _zeros(3, 8, heads, 16) for name, heads in (("query", 4), ("key", 2), ("value", 2))},
@@ -207,11 +200,7 @@ KEYS = torch.arange(100).expand(2, -1)
             TypeError,
             r">= lengths\[:, None\] for lengths.*; got pads \(2,\) torch.int64",
         ),
-        (
-            {"pads": ROWS.float()},
-            TypeError,
-            "additive_mask < 0 for one that is added to scores.*float32",
-        ),
+        ({"pads": ROWS.float()}, TypeError, "additive_mask < 0 for one that is added to scores.*float32"),
         ({"pads": ROWS[0]}, ValueError, r"pads must be of shape \(B, S\).*got pads \(100,\) "),
         ({"pads": ROWS[:, :0]}, ValueError, r"pads must be.*no dimension may be empty.*\(2, 0\) "),
         ({"q_len": 0}, ValueError, "among the keys.*q_len 0"),
@@ -237,11 +226,7 @@ KEYS = torch.arange(100).expand(2, -1)
         ({"q_offset": 4.0}, TypeError, "q_offset must be an int, or a 0-d tensor.*4.0"),
         ({"q_len": 4.0}, TypeError, "q_len must be an int; got q_len 4.0"),
         ({"causal": False}, TypeError, "unexpected keyword argument 'causal'"),
-        (
-            {"BLOCK_SIZE": 0},
-            ValueError,
-            "BLOCK_SIZE must be an int of at least 1, .*; got BLOCK_SIZE 0",
-        ),
+        ({"BLOCK_SIZE": 0}, ValueError, "BLOCK_SIZE must be an int of at least 1, .*; got BLOCK_SIZE 0"),
         ({"BLOCK_SIZE": (128, -1)}, ValueError, r"BLOCK_SIZE must be.*got BLOCK_SIZE \(128, -1\)"),
         ({"BLOCK_SIZE": [128, 128]}, ValueError, "BLOCK_SIZE must be.*a tuple of two"),
         ({"window": 0}, ValueError, "window must be at least 1.*got window 0"),
@@ -256,11 +241,7 @@ KEYS = torch.arange(100).expand(2, -1)
                 ValueError,
                 f"all padding stands on the {side}, and some does not",
             )
-            for side, pads in (
-                ("right", KEYS < 3),
-                ("left", KEYS > 3),
-                ("left", KEYS == 3),
-            )
+            for side, pads in (("right", KEYS < 3), ("left", KEYS > 3), ("left", KEYS == 3))
         ),
     ],
 )
@@ -279,18 +260,10 @@ TOKENS, ENDS = torch.zeros(3, 200, dtype=torch.bool), torch.arange(200)
         ({"first": 0}, TypeError, "first must be a tensor of integers.*got pads.*first 0"),
         ({"last": ENDS.float()}, TypeError, "last must be a tensor of integers.*float32"),
         ({"last": torch.tensor(3)}, ValueError, r"last must be of shape \(B, L\)"),
-        (
-            {"first": ENDS[:100]},
-            ValueError,
-            r"query_pads must say .* pads\[:, -L:\] if .*got first \(100,\)",
-        ),
+        ({"first": ENDS[:100]}, ValueError, r"query_pads must say .* pads\[:, -L:\] if .*got first \(100,\)"),
         ({"last": ENDS[:100]}, ValueError, r"query_pads must say which queries are padding"),
         ({"first": ENDS[:100], "last": ENDS}, ValueError, "query_pads must say which"),
-        (
-            {"first": ENDS, "last": ENDS[:100]},
-            ValueError,
-            "last must be.*but L is 100 in it and 200 in",
-        ),
+        ({"first": ENDS, "last": ENDS[:100]}, ValueError, "last must be.*but L is 100 in it and 200 in"),
         ({"last": ENDS.expand(2, -1)}, ValueError, "last must be .*but B is 2 in it and 3 in pads"),
         ({"query_pads": TOKENS.int()}, TypeError, "query_pads must be a torch.bool tensor"),
         (

@@ -127,10 +127,7 @@ def test_the_committed_figure_is_the_one_the_script_draws() -> None:
 
 BREAK = {
     "the textbook's mask": ("causal = lambda b, h, q, k: q > k", "output of textbook_attention"),
-    "the tiles": (
-        "_list_tiles = lambda tiles, f=m._list_tiles: f(tiles.flip(-1))",
-        "the tiles of the mask",
-    ),
+    "the tiles": ("_list_tiles = lambda tiles, f=m._list_tiles: f(tiles.flip(-1))", "the tiles of the mask"),
     "the module's mask": (
         "_build_block_mask = lambda a, b, *x, f=m._build_block_mask: f(a, b + 1, *x)",
         ", ".join(["the tiles of the mask", *(f"{result} of attend" for result in RESULTS)]),
