@@ -269,12 +269,11 @@ def test_other_tracers() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("first", [0, 1])
-def test_heads_of_128_in_a_compiled_model(first: int) -> None:
+def test_heads_of_128_in_a_compiled_model() -> None:
     """They begin wherever the model's own products do, which no one copies to where descriptors may begin."""
 
     def model(x: Tensor, weight: Tensor, pads: Tensor, attend=causal_padded_attention) -> Tensor:
-        return attend(*(x @ weight).narrow(4, first, 128), pads)
+        return attend(*(x @ weight).narrow(4, 1, 128), pads)
 
     compiled = torch.compile(model, fullgraph=True)
     for length in (300, 200, 260):

@@ -203,10 +203,7 @@ def test_few_queries_without_gradients_have_one_list(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("q_len", "kv_len", "block_size"),
-    [(2100, 2100, 16), (1, 32767, 1), (1, 32768, 1)],
-)
+@pytest.mark.parametrize(("q_len", "kv_len", "block_size"), [(2100, 2100, 16), (1, 32767, 1), (1, 32768, 1)])
 def test_more_tiles_in_a_row_than_a_small_integer_counts(
     device: str, q_len: int, kv_len: int, block_size: int
 ) -> None:

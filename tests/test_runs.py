@@ -205,14 +205,3 @@ def test_cross_attention() -> None:
         query_pads = torch.arange(90) >= torch.tensor([[90], [20], [1]])
         ours = create_block_mask_from_runs(None, None, pads, query_pads=query_pads)
         assert_as_written_out(ours, ~query_pads[:, :, None] & ~pads[:, None, :], 128, exact=True)
-
-
-def test_decoding_behind_a_prefix() -> None:
-    """The queries are some of the tokens: their places, and which of them are padding, are given."""
-    pads, place = PADS["left"], torch.arange(150, 160)
-    last = place.clamp(min=99)
-    with torch.no_grad():
-        ours = create_block_mask_from_runs(None, last, pads, query_pads=pads[:, 150:160])
-    assert ours.full_kv_num_blocks is None
-    expected = explicit_mask(pads)[:, 150:160]
-    assert torch.equal(create_mask(ours.mask_mod, 3, 1, 10, 200, "cpu")[:, 0], expected)
