@@ -412,7 +412,7 @@ def theirs(random: Random, batch_size: int, total: int) -> list[Callable]:
     return [*made, both(either(masking_utils.causal_mask_function, own_images), overlay)]
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["theirs", "custom", "nested", "nested"]))
 def test_a_mask_function_at_every_pair(seed: int, kind: str, only_listed: list) -> None:
     random = Random(seed)
