@@ -471,6 +471,11 @@ def test_a_number_that_comes_back_is_no_run(only_listed: list) -> None:
         function = masking_utils.packed_sequence_mask_function(numbers)
         adapter.block_mask(1, 8, 8, mask_function=function)
         assert bool(only_listed) == is_theirs
+    # Nor is an image behind text that comes back, though its number is larger than the one before it.
+    only_listed.clear()
+    comes_back = torch.tensor([[1, 1, -1, 1, -1, -1, -1, -1]])
+    adapter.block_mask(1, 8, 8, mask_function=masking_utils.blockwise_overlay(comes_back))
+    assert only_listed
     # Not among images, that are not seen from each other's place, nor where only padding has it.
     only_listed.clear()
     adapter.block_mask(
