@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import causal_padded_flexattn as cpf
-from causal_padded_flexattn import (
-    causal_padded_attention,
-)
+from causal_padded_flexattn import causal_padded_attention
 
 PADDING = ["none", "right", "left", "holes", "empty"]
 

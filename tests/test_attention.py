@@ -37,10 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 import causal_padded_flexattn as cpf
-from causal_padded_flexattn import (
-    causal_padded_attention,
-    create_block_mask_from_runs,
-)
+from causal_padded_flexattn import causal_padded_attention, create_block_mask_from_runs
 
 SEEN: dict[str, Callable[[Tensor], dict]] = {
     "causal": lambda pads: {},
@@ -95,27 +92,29 @@ def rows(*names: str, **more: object) -> list[tuple]:
     return [(name, more) for name in names]
 
 
-ENCODERS = ("encoder", "local encoder", "encoder of documents")
-WINDOWS = ("window", "window of one", "documents", "window, documents")
+ENCODERS, WINDOWS = ("encoder", "local encoder"), ("window", "window of one", "window, documents")
+LOOKED_UP = ("spans", "spans, window", "until", "until, documents, window")
 HALF = {"dtype": torch.bfloat16}
 TABLE = [
     *rows("causal", "encoder", paddings=PADDING, inference=True),
-    *(row for n in (1, 2, 64, 127, 128, 129) for row in rows("causal", paddings=PADDING, lengths=(n, n))),
-    *(row for n in (255, 256, 257, 384, 500) for row in rows("causal", paddings=PADDING, lengths=(n, n))),
+    *(row for n in (1, 64, 127, 128, 129) for row in rows("causal", paddings=PADDING, lengths=(n, n))),
+    *(row for n in (256, 257, 500) for row in rows("causal", paddings=PADDING, lengths=(n, n))),
     *(row for n in (1, 5, 70, 130) for row in rows("causal", paddings=PADDING, lengths=(n, 200))),
     *rows("causal", dtype=torch.float16, lengths=(300, 300), inference=True),
     *rows("causal", **HALF, lengths=(300, 300), inference=True),
-    *(row for n in (32, 64, 128, 256) for row in rows("causal", "window", **HALF, sizes=(n, n))),
-    *(row for sizes in ((64, 32), (32, 64)) for row in rows("causal", "window", **HALF, sizes=sizes)),
-    *(row for heads in ((1, 1), (4, 4), (4, 1), (6, 2)) for row in rows("causal", heads=heads)),
+    *(row for n in (32, 64, 128, 256) for row in rows("causal", **HALF, sizes=(n, n))),
+    *(row for n in (64, 128) for row in rows("window", **HALF, sizes=(n, n))),
+    *(row for sizes in ((64, 32), (32, 64)) for row in rows("causal", **HALF, sizes=sizes)),
+    *(row for heads in ((1, 1), (4, 4), (4, 1)) for row in rows("causal", heads=heads)),
     *(row for scale in (0.3, 0.1, 0.05) for row in rows("causal", scale=scale)),  # one after the other
     *rows(*WINDOWS, *ENCODERS, lengths=(300, 300)),
     *(row for n in (1, 5, 130) for row in rows("window, documents", lengths=(n, 300), inference=True)),
-    *rows(*OPTIONS, paddings=("none", "right", "left", "holes"), lengths=(300, 300), inference=True),
-    *rows(*OPTIONS, paddings=("left",), **HALF, lengths=(384, 384), sizes=(128, 128)),
-    *rows("causal", "window, documents", "encoder", score_mod="soft cap", inference=True),
-    *rows("causal", "window, documents", "encoder", score_mod="alibi", inference=True),
-    *rows("causal", "window, documents", "encoder", score_mod="alibi", **HALF, inference=True),
+    # Kernels look up the ends of runs, and until; what those stand for test_any_call has.
+    *rows(*LOOKED_UP, paddings=("none", "right", "left", "holes"), lengths=(300, 300), inference=True),
+    *rows(*LOOKED_UP, paddings=("left",), **HALF, lengths=(384, 384), sizes=(128, 128)),
+    *rows("causal", "window, documents", score_mod="soft cap", inference=True),
+    *rows("causal", "encoder", score_mod="alibi", inference=True),
+    *rows("window, documents", score_mod="alibi", **HALF, inference=True),
 ]
 
 
@@ -143,11 +142,11 @@ def test_a_promise_of_the_padding_side(side: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("lengths", [(300, 200), (70, 200), (200, 200), (1, 130)])
-def test_cross_attention(lengths: tuple[int, int]) -> None:
-    pads, query_pads = make_pads("right", lengths[1], "cuda"), make_pads("holes", lengths[0], "cuda")
-    seen = {"causal": False, "query_pads": query_pads}
-    check(*make_inputs("cuda", lengths=lengths), pads, seen=seen, inference=True)
+def test_cross_attention() -> None:
+    for lengths in ((300, 200), (70, 200), (1, 130)):
+        pads, query_pads = make_pads("right", lengths[1], "cuda"), make_pads("holes", lengths[0], "cuda")
+        seen = {"causal": False, "query_pads": query_pads}
+        check(*make_inputs("cuda", lengths=lengths), pads, seen=seen, inference=True)
 
 
 @pytest.mark.cuda
@@ -161,8 +160,7 @@ def test_layouts() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("BLOCK_SIZE", [256, (128, 384)])
+@pytest.mark.parametrize(("BLOCK_SIZE", "is_causal"), [(256, True), ((128, 384), False)])
 def test_blocks_that_reach_past_the_end(
     BLOCK_SIZE: int | tuple[int, int], is_causal: bool, device: str
 ) -> None:
@@ -243,8 +241,9 @@ def test_numbers_that_a_score_mod_captures(device: str) -> None:
 
     method = lambda weight: Times(weight).modify
     for make in (times, plus, times_by_default, times_by_keyword, Times, method, times_inside, by_head):
+        trains = make in (times, by_head)  # a backward pass compiles the same function
         for weight in (3.0, 0.5, 2.0) if make is times else (0.25, 0.75):
-            check(inputs, grad_output, pads, score_mod=make(weight))
+            check(inputs, grad_output if trains else None, pads, score_mod=make(weight))
     assert not torch._dynamo.config.specialize_float  # as it was
 
 
@@ -360,8 +359,7 @@ def test_a_variable_that_is_not_there_yet() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("q_len", [200, 3])
+@pytest.mark.parametrize(("dtype", "q_len"), [(torch.float32, 200), (torch.bfloat16, 3)])
 def test_log_sum_exp(device: str, dtype: torch.dtype, q_len: int) -> None:
     check_log_sum_exp(device, dtype, q_len)
 
@@ -451,18 +449,6 @@ def test_activation_checkpointing(device: str) -> None:
     results = with_gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), inputs, grad_output)
     for result, truth in zip(results, expected, strict=True):
         assert torch.equal(result, truth)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_part_of_the_heads(device: str) -> None:
-    # As a rank of a tensor-parallel model has them: the mask serves any heads.
-    pads = make_pads("left", 200, device)
-    inputs, grad_output = make_inputs(device)
-    attend = partial(cpf.attend, block_mask=block_mask_of(pads))
-    whole = with_gradients(attend, inputs, grad_output)
-    part = with_gradients(attend, [x.chunk(2, dim=1)[1] for x in inputs], grad_output.chunk(2, dim=1)[1])
-    for result, truth in zip(part, whole, strict=True):
-        torch.testing.assert_close(result, truth.chunk(2, dim=1)[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)

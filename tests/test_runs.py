@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import DEVICES, assert_as_exact, explicit_mask, with_gradients, written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,14 +134,14 @@ PLACES, N = torch.arange(200), 37
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-@pytest.mark.parametrize("name", ["first", "last", "until"])
-def test_integers_of_any_type(device: str, dtype: torch.dtype, name: str) -> None:
+def test_integers_of_any_type(device: str, dtype: torch.dtype) -> None:
     numbers = torch.arange(120, device=device).expand(2, -1) // 40 * 40 + 39  # until: the end of its forty
     pads = torch.rand(2, 120, device=device) < 0.2
     given = {"first": None, "last": None, "until": None, "BLOCK_SIZE": 16}
-    plain = create_block_mask_from_runs(pads=pads, **{**given, name: numbers})
-    small = create_block_mask_from_runs(pads=pads, **{**given, name: numbers.to(dtype)})
-    assert_same_block_mask(small, plain)
+    for name in ("first", "last", "until"):
+        plain = create_block_mask_from_runs(pads=pads, **{**given, name: numbers})
+        small = create_block_mask_from_runs(pads=pads, **{**given, name: numbers.to(dtype)})
+        assert_same_block_mask(small, plain)
 
 
 PADS = {
@@ -153,74 +152,30 @@ PADS = {
 }
 
 
-def recipe(name: str, pads: Tensor) -> tuple[dict, Tensor]:
-    """What the function is given, and the mask it must be, less padding: (B or 1, S, S)."""
-    query, key, left = PLACES[:, None], PLACES, pads.int().argmin(1, keepdim=True)  # of the first real token
-    is_causal, chunk = query >= key, PLACES // N
-    if name == "causal":
-        return {"first": None, "last": PLACES}, is_causal
-    if name == "window":
-        return {"first": PLACES - N + 1, "last": PLACES}, is_causal & (query - key < N)
-    if name == "packed, by position_ids that restart":
-        return {"first": PLACES - PLACES % N, "last": PLACES}, is_causal & (chunk[:, None] == chunk)
-    if name == "packed, by numbers of documents":  # in any order, and different in each row
-        documents = (PLACES // torch.tensor([[20], [37], [64]])) * 7 % 5
-        begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
-        number = begins.cumsum(1)
-        first = torch.where(begins, PLACES, 0).cummax(1).values
-        return {"first": first, "last": PLACES}, is_causal & (number[:, :, None] == number[:, None, :])
-    if name == "prefix":  # of N real tokens where all padding is on the right, or on the left
-        last = PLACES.clamp(min=left + N - 1)
-        return {"first": None, "last": last}, is_causal | (key < left[:, :, None] + N)
-    if name == "images":  # that see themselves: up to the token before the next text
-        image = (PLACES // 25 % 2 == 1).expand(3, -1)
-        text = torch.where(image, 200, PLACES).flip(1).cummin(1).values.flip(1)
-        same = image[:, :, None] & (query // 25 == key // 25)
-        return {"first": None, "last": torch.maximum(PLACES, text - 1)}, is_causal | same
-    if name == "images that touch":  # up to the token before the next text, or the next image
-        number = PLACES // 25
-        image, begins = (number % 3 > 0).expand(3, -1), PLACES % 25 == 0
-        after = torch.where(~image | begins, PLACES, 200)[:, 1:].flip(1).cummin(1).values.flip(1)
-        same = image[:, :, None] & (number[:, None] == number)
-        return {"first": None, "last": F.pad(after - 1, (0, 1), value=199)}, is_causal | same
-    if name == "chunks":
-        begin = PLACES // N * N
-        return {"first": begin, "last": begin + N - 1}, query // N == key // N
-    if name == "causal chunks":
-        return {"first": PLACES // N * N, "last": PLACES}, is_causal & (query // N == key // N)
-    if name == "chunks with left context":  # of two chunks, as speech models stream
-        begin = PLACES // N * N
-        behind = query // N - key // N
-        return {"first": begin - 2 * N, "last": begin + N - 1}, (behind >= 0) & (behind <= 2)
-    if name == "unequal window":
-        return {"first": PLACES - 50, "last": PLACES + 10}, (key >= query - 50) & (key <= query + 10)
-    if name == "encoder":
-        return {"first": None, "last": None}, is_causal | True
-    if name == "local encoder":
-        return {"first": PLACES - N, "last": PLACES + N}, (query - key).abs() <= N
-    if name == "encoder of documents":
-        begin = PLACES // 70 * 70
-        return {"first": begin, "last": begin + 69}, query // 70 == key // 70
-    # A prompt of 30 tokens, and two answers of 80 and 90 to it.
-    part = (PLACES >= 30).int() + (PLACES >= 110).int()
-    until = torch.tensor([199, 109, 199])[part].expand(3, -1)
-    seen = is_causal & ((part == 0) | (part[:, None] == part))
-    return {"first": None, "last": PLACES, "until": until}, seen
-
-
-RECIPES = ["causal", "window", "packed, by position_ids that restart", "packed, by numbers of documents"]
+QUERY, CHUNK = PLACES[:, None], PLACES // N
+DOCUMENTS = (PLACES // torch.tensor([[20], [37], [64]])) * 7 % 5  # in any order, and different in each row
+BEGINS = DOCUMENTS.diff(dim=1, prepend=DOCUMENTS[:, :1] - 1) != 0
+NUMBER = BEGINS.cumsum(1)
+IS_CAUSAL = QUERY >= PLACES
+# First, with place as last, and the mask it must be, less padding: (B or 1, S, S).
+RECIPES: dict[str, tuple[Tensor | None, Tensor]] = {
+    "causal": (None, IS_CAUSAL),
+    "window": (PLACES - N + 1, IS_CAUSAL & (QUERY - PLACES < N)),
+    "packed, by position_ids that restart": (PLACES - PLACES % N, IS_CAUSAL & (CHUNK[:, None] == CHUNK)),
+    "packed, by numbers of documents": (
+        torch.where(BEGINS, PLACES, 0).cummax(1).values,
+        IS_CAUSAL & (NUMBER[:, :, None] == NUMBER[:, None, :]),
+    ),
+}
 
 
 @pytest.mark.parametrize("padding", PADS)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 def test_recipes(name: str, padding: str, block_size: int) -> None:
-    pads = PADS[padding]
-    given, mask = recipe(name, pads)
+    pads, (first, mask) = PADS[padding], RECIPES[name]
     expected = mask & ~pads[:, :, None] & ~pads[:, None, :]
-    ours = create_block_mask_from_runs(
-        given.pop("first"), given.pop("last"), pads, **given, BLOCK_SIZE=block_size
-    )
+    ours = create_block_mask_from_runs(first, PLACES, pads, BLOCK_SIZE=block_size)
     assert_as_written_out(ours, expected, block_size, exact=True)
 
 
@@ -230,10 +185,10 @@ def test_values_and_gradients(name: str, device: str) -> None:
     """Against float64, as exact as plain PyTorch in the same precision."""
     like = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
     for padding, pads in PADS.items():
-        given, mask = recipe(name, pads)
+        first, mask = RECIPES[name]
         expected = (mask & ~pads[:, :, None] & ~pads[:, None, :]).to(device)
-        given = {name: x if x is None else x.to(device) for name, x in given.items()}
-        ours = create_block_mask_from_runs(given.pop("first"), given.pop("last"), pads.to(device), **given)
+        ends = [x if x is None else x.to(device) for x in (first, PLACES)]
+        ours = create_block_mask_from_runs(*ends, pads.to(device))
         *inputs, grad = torch.randn(4, 3, 2, 200, 64, **like)
         results = with_gradients(lambda *x, mask=ours: attend(*x, mask), inputs, grad)
         wide = [x.double() for x in inputs]
@@ -250,14 +205,3 @@ def test_cross_attention() -> None:
         query_pads = torch.arange(90) >= torch.tensor([[90], [20], [1]])
         ours = create_block_mask_from_runs(None, None, pads, query_pads=query_pads)
         assert_as_written_out(ours, ~query_pads[:, :, None] & ~pads[:, None, :], 128, exact=True)
-
-
-def test_decoding_behind_a_prefix() -> None:
-    """The queries are some of the tokens: their places, and which of them are padding, are given."""
-    pads, place = PADS["left"], torch.arange(150, 160)
-    last = place.clamp(min=99)
-    with torch.no_grad():
-        ours = create_block_mask_from_runs(None, last, pads, query_pads=pads[:, 150:160])
-    assert ours.full_kv_num_blocks is None
-    expected = explicit_mask(pads)[:, 150:160]
-    assert torch.equal(create_mask(ours.mask_mod, 3, 1, 10, 200, "cpu")[:, 0], expected)

@@ -126,12 +126,7 @@ class Mesh:
     [
         (Mesh(2, 2), (4, 4), 10, "mesh must have one dimension.*got 2"),
         (Mesh(3), (6, 6), 10, r"\(B, heads, S / ranks, head size\); got \(1, 6, 10, 8\).*3 ranks"),
-        (
-            Mesh(4),
-            (6, 2),
-            10,
-            r"ranks must divide the heads of query.*use fewer; got 4 ranks, 6 and 2 heads",
-        ),
+        (Mesh(4), (6, 2), 10, r"ranks must divide the heads of query.*use fewer; got 4 ranks, 6 and 2 heads"),
         (Mesh(4), (12, 3), 10, r"and divide those of key or be a multiple.*12 and 3 heads"),
         (Mesh(4), (12, 6), 10, r"got 4 ranks, 12 and 6 heads"),
     ],
