@@ -1,5 +1,6 @@
 """Keys that are stored in any order, and attention over tokens that ranks keep in such orders."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,13 @@ def compare(mesh: DeviceMesh, device: str, heads: tuple[int, int], window: int |
     for result, truth in zip((*output, *results), (*whole, *expected), strict=True):
         assert type(result) is Tensor
         torch.testing.assert_close(result, part(truth), rtol=1e-4, atol=1e-4)
+    if heads[0] == heads[1]:
+        way = partial(context_parallel_attention, block_mask=block_mask, mesh=mesh)
+        compiled = torch.compile(way, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+        for ours, eager in zip(
+            *(with_gradients(x, own, part(grads[0])) for x in (compiled, way)), strict=True
+        ):
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
 def attend_on_all(rank: int, store: str, device: str, ranks: int) -> None:
