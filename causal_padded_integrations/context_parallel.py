@@ -69,8 +69,10 @@ def context_parallel_block_mask(
         A BlockMask of shape (B, 1, S / ranks, S).
 
     Raises:
-        TypeError, ValueError: what `create_block_mask_from_runs` raises.
+        TypeError, ValueError: the window is below 1, or what `create_block_mask_from_runs` raises.
     """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, which is the query's own key; got {window}")
     stored = pads.gather(1, places)
     own, own_pads = (x.chunk(mesh.size(), dim=1)[mesh.get_local_rank()] for x in (places, stored))
     first = None if window is None else own - (window - 1)
