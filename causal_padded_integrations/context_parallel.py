@@ -47,9 +47,7 @@ def balanced_places(pads: Tensor, ranks: int, block: int = 128) -> Tensor:
     tiles = tiles if block_mask.full_kv_num_blocks is None else tiles + block_mask.full_kv_num_blocks[:, 0]
     rounds = tiles.argsort(dim=1, descending=True, stable=True).unflatten(1, (-1, ranks))
     rounds[:, 1::2] = rounds[:, 1::2].flip(2)
-    blocks = rounds.mT.sort(dim=2).values.flatten(
-        1
-    )  # (B, blocks): those of the first rank, of the second, ...
+    blocks = rounds.mT.sort(dim=2).values.flatten(1)  # (B, blocks), those of the first rank first
     return (blocks[:, :, None] * block + torch.arange(block, device=pads.device)).flatten(1)
 
 

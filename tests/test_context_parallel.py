@@ -218,7 +218,7 @@ class Mesh:
 
 def test_what_does_not_fit() -> None:
     x, pads = torch.zeros(1, 4, 8, 8), torch.zeros(1, 16, dtype=torch.bool)
-    with pytest.raises(ValueError, match="window must be at least 1, .*; got 0"):
+    with pytest.raises(ValueError, match=r"window must be at least 1, .*; got 0"):
         context_parallel_block_mask(pads, torch.arange(16)[None], Mesh(2), window=0)
     mask, whole = (create_causal_padding_block_mask(pads, n) for n in (8, 16))
     for mesh, block_mask, options, message in (
