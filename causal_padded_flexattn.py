@@ -424,7 +424,7 @@ def attend(
     What changes, differs between layers or is learned must be captured by a score_mod as a tensor of one
     dimension or more, and looked up: `weight[h]`. A number is compiled into a kernel. Torch 2.11 overlooks
     changed default arguments of functions that score_mod calls. On CUDA a score that is not finite at masked
-    pairs makes the gradients of captured tensors NaN: write `log((q_idx - kv_idx).clamp(min=1))`.
+    pairs makes the gradients of captured tensors NaN: clamp, as in `log((q_idx - kv_idx).clamp(min=1))`.
 
     Args:
         query: (B, Hq, L, E). Kernels read a transposed view of (B, L, Hq, E) as it is, also of key and value.
@@ -438,9 +438,10 @@ def attend(
             whatever q_offset is. Other devices than CUDA call it once, with tensors of all pairs.
         return_lse: whether to return the log-sum-exp of the scores too.
         backend: which kernels CUDA runs. "flash" means FlashAttention-4's. It needs the package flash-attn-4,
-            Hopper, half precision, heads of up to 128, no score_mod, and before torch 2.15 L = S and no
-            return_lse. "auto" is "flash" where this was measured to be faster, for large inputs, and "triton"
-            elsewhere. `torch.use_deterministic_algorithms(True)` rules "flash" out.
+            Hopper, half precision, heads of up to 128 and no score_mod. For return_lse, or where L is not S,
+            it also needs torch 2.15 and at least 128 queries. "auto" is "flash" where this was measured to be
+            faster, for large inputs, and "triton" elsewhere. `torch.use_deterministic_algorithms(True)` rules
+            "flash" out.
 
     Returns:
         (B, Hq, L, Ev). Rows of queries that see no key, such as padding, are exact zeros, and give exact zero
@@ -618,9 +619,7 @@ def _parse(argv):
         return int(text)
 
     about = "Causal attention over a padded batch: FlexAttention checked against SDPA, timed, and drawn."
-    parser = argparse.ArgumentParser(
-        description=about, usage=argparse.SUPPRESS
-    )  # so that an error is one line
+    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)  # makes an error one line
     add, fail, device = parser.add_argument, parser.error, "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cuda", "cpu"], default=device, help="default: cuda if there is one")
     add("--lengths", type=lambda x: [*map(count, x.split(","))], metavar="N,N,...", help="default: random")
