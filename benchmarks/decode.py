@@ -9,6 +9,7 @@ with --same-bits, what deterministic algorithms cost at the first sizes, to deco
 shows them.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +26,9 @@ from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 import causal_padded_flexattn as cpf
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from same_bits import mask_of_training, step_of_training
 
 
 @dataclass(frozen=True)
@@ -120,21 +124,13 @@ def same_bits(cache: Cache) -> Callable[[], Tensor]:
 
 
 @deterministic()
-def by_blocks(cache: Cache) -> Callable[[], Tensor]:
-    """With the bits of training, as examples/same_bits.py has it."""
+def bits_of_training(cache: Cache) -> Callable[[], Tensor]:
+    """As examples/same_bits.py has it."""
     require(cache.step.q_len == 1 and cache.step.side == "left", "measured for one query")
-    place, block = cache.written - 1, 128 if cache.pads.is_cuda else 8
-    begin, pads = place // block * block, cache.pads.clone()
+    pads = cache.pads.clone()
     pads[:, cache.written :] = False
-    block_mask = cpf.create_causal_padding_block_mask(pads, block, q_offset=begin)
-    query, key, value = cache.inputs
-    queries = query.new_zeros(*query.shape[:2], block, query.shape[3])
-
-    def run() -> Tensor:
-        queries[:, :, place - begin] = query[:, :, 0]
-        return cpf.attend(queries, key, value, block_mask, backend="triton")[:, :, place - begin, None]
-
-    return deterministic()(run)
+    mask = mask_of_training(cache.written - 1, cache.step.heads // cache.step.kv_heads, pads)
+    return deterministic()(partial(step_of_training, *cache.inputs, mask))
 
 
 def sdpa(cache: Cache) -> Callable[[], Tensor]:
@@ -179,7 +175,7 @@ WAYS = {
     "FlashAttention-4, splits chosen": partial(fa4, num_splits=0),
     "varlen_attn": torch_varlen,
 }
-SAME_BITS = {"ours": ours, "ours, same bits": same_bits, "ours, the bits of training": by_blocks}
+SAME_BITS = {"ours": ours, "ours, same bits": same_bits, "ours, the bits of training": bits_of_training}
 
 
 @torch.no_grad()

@@ -4,38 +4,45 @@
 
 Reinforcement learning samples tokens with one kernel and trains on them with another, and the two differ in
 the last bits. Here a step of sampling runs the kernel of training: a block of 128 queries, which begins at a
-multiple of 128, and of which one is real. From torch 2.15 on, its row has the bits of training on CUDA, in a
-batch of another size and in a cache of another capacity. A decoding step is faster, and has other bits. Both
-times are printed. The other layers of a model need operators whose bits do not depend on the batch, either.
+multiple of 128. The query heads that share a key head are rows of one block. From torch 2.15 on, these rows
+have the bits of training on CUDA, in a batch of another size and in a cache of another capacity. A decoding
+step is faster, and has other bits. Both times are printed. The other layers of a model need operators whose
+bits do not depend on the batch, either.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.benchmark import Timer
 
-from causal_padded_flexattn import attend, create_causal_padding_block_mask
+from causal_padded_flexattn import attend, create_block_mask_from_runs, create_causal_padding_block_mask
 
 BLOCK = 128
-Cache = tuple[Tensor, Tensor]  # keys and values, (B, Hkv, capacity, E)
 
 
-def step_of_training(query: Tensor, place: int, cache: Cache, pads: Tensor) -> Tensor:
-    """Attention of the token at `place`, (B, Hq, 1, E), by the kernel that training runs.
+def mask_of_training(place: int, group: int, pads: Tensor) -> BlockMask:
+    """The mask of a step at `place`, where `group` query heads share a key head. All layers share it.
 
-    `pads`, (B, capacity), marks the padding before the prompts alone. What is not written yet must not count
-    as padding, which would change the order of the sums. Causality hides it.
+    `pads`, (B, capacity), marks the padding before the prompts alone, here and in training: padding among the
+    queries of a block changes the order of its sums. Causality hides what comes later.
     """
-    begin = place // BLOCK * BLOCK
-    block_mask = create_causal_padding_block_mask(pads, BLOCK, q_offset=begin)  # for 128 steps
-    queries = query.new_zeros(*query.shape[:2], BLOCK, query.shape[3])
-    queries[:, :, place - begin] = query[:, :, 0]
-    return attend(queries, *cache, block_mask, backend="triton")[:, :, place - begin, None]
+    places = torch.arange(BLOCK, device=pads.device) + place // BLOCK * BLOCK
+    places[:group] = place  # the other rows keep their places, so that the tiles are those of training
+    return create_block_mask_from_runs(None, places, pads, query_pads=pads.new_zeros(len(pads), BLOCK))
 
 
-def step_of_decoding(query: Tensor, place: int, cache: Cache, pads: Tensor) -> Tensor:
-    """The same by the kernel for decoding, which divides the keys over the card."""
-    block_mask = create_causal_padding_block_mask(pads, 1, q_offset=place)
-    return attend(query, *cache, block_mask)
+def step_of_training(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
+    """Attention of one token, query (B, Hq, 1, E), by the kernel that training runs, in Hkv heads."""
+    (batch_size, heads, _, size), kv_heads = query.shape, key.shape[1]
+    group = heads // kv_heads
+    rows = query.new_zeros(batch_size, kv_heads, BLOCK, size)
+    rows[:, :, :group] = query.view(batch_size, kv_heads, group, size)
+    output = attend(rows, key, value, block_mask, backend="triton")
+    return output[:, :, :group].reshape(query.shape)
+
+
+def mask_of_decoding(place: int, group: int, pads: Tensor) -> BlockMask:
+    return create_causal_padding_block_mask(pads, 1, q_offset=place)
 
 
 def main() -> None:
@@ -55,7 +62,10 @@ def main() -> None:
     cache = key.new_zeros(2, kv_heads, capacity, size), value.new_zeros(2, kv_heads, capacity, size)
     sampled_pads = torch.zeros(2, capacity, dtype=torch.bool, device=device)
     sampled_pads[:, :length] = pads[rows]
-    ways = {"by the kernel of training": step_of_training, "by the kernel for decoding": step_of_decoding}
+    ways = {
+        "by the kernel of training": (mask_of_training, step_of_training),
+        "by the kernel for decoding": (mask_of_decoding, attend),
+    }
     results: dict[str, list[Tensor]] = {name: [] for name in ways}
     with torch.no_grad():
         for place in range(length):
@@ -63,13 +73,15 @@ def main() -> None:
                 x[:, :, place] = whole[rows, :, place]  # a model computes these at every step
             if place < length - 40:
                 continue  # a prompt
-            for name, step in ways.items():
-                results[name].append(step(query[rows, :, place : place + 1], place, cache, sampled_pads))
-        for name, step in ways.items():
+            for name, (make_mask, step) in ways.items():
+                block_mask = make_mask(place, heads // kv_heads, sampled_pads)
+                results[name].append(step(query[rows, :, place : place + 1], *cache, block_mask))
+        for name, (make_mask, step) in ways.items():
             found, expected = torch.cat(results[name], 2), training[rows, :, length - 40 :]
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
             same = (found == expected).all(-1).float().mean().item()
-            known = {"step": step, "x": (query[rows, :, -1:], length - 1, cache, sampled_pads)}
+            block_mask = make_mask(length - 1, heads // kv_heads, sampled_pads)
+            known = {"step": step, "x": (query[rows, :, -1:], *cache, block_mask)}
             time = Timer("step(*x)", globals=known).blocked_autorange(min_run_time=0.1).median
             print(f"{name}: {same:.0%} of the rows have the bits of training; {time * 1e6:.0f} µs a step")
             if on_cuda and torch.__version__ >= "2.15" and step is step_of_training:

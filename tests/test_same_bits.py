@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from causal_padded_flexattn import (
     causal_padded_attention,
     create_causal_padding_block_mask,
 )
+
+EXAMPLE = run_path(str(Path(__file__).parent.parent / "examples" / "same_bits.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -260,24 +264,33 @@ def test_chunks_of_whole_blocks_have_the_bits_of_the_whole_pass(
 @pytest.mark.cuda
 @pytest.mark.parametrize(("size", "dtype"), KINDS)
 def test_a_step_by_aligned_blocks_has_the_bits_of_training(size: int, dtype: torch.dtype) -> None:
-    """A row of the block of 128 queries that it belongs to, in other batches and other caches."""
+    """The query heads that share a key head are rows of one block, in other batches and other caches."""
     length = 1024
     query, key, value = (random(i, 4, heads, length, size, dtype=dtype) for i, heads in enumerate((8, 2, 2)))
     pads = torch.zeros(4, length, dtype=torch.bool, device="cuda")
-    pads[1, :128] = True
+    pads[1, :128], pads[3, :200] = True, True
     training = attend(query, key, value, create_causal_padding_block_mask(pads))
-    for rows, capacity in (([0, 1, 2, 3], 1024), ([1], 1024), ([1, 2], 1536)):
+    for rows, capacity in (([0, 1, 2, 3], 1024), ([1], 1024), ([1, 3], 1536)):
         cache = [torch.randn(len(rows), 2, capacity, size, device="cuda").to(dtype) for _ in range(2)]
-        # What is not written yet counts as real, and causality hides it: padding among a block's queries
-        # would make other tiles partial, and the partial ones are added up first.
-        kept = torch.zeros(len(rows), capacity, dtype=torch.bool, device="cuda")
-        for place in (130, 511, 700, 1023):
-            block = place // 128 * 128
-            kept[:, : place + 1] = pads[rows, : place + 1]
+        known = torch.zeros(len(rows), capacity, dtype=torch.bool, device="cuda")
+        known[:, :length] = pads[rows]
+        for place in (130, 201, 256, 511, 700, 1023):
             for x, whole in zip(cache, (key, value), strict=True):
                 x[:, :, : place + 1] = whole[rows, :, : place + 1]
-            queries = torch.zeros(len(rows), 8, 128, size, dtype=dtype, device="cuda")
-            queries[:, :, place - block] = query[rows, :, place]
-            mask = create_causal_padding_block_mask(kept, 128, q_offset=block)
-            step = attend(queries, *cache, mask)[:, :, place - block]
-            assert torch.equal(step, training[rows, :, place])
+            mask = EXAMPLE["mask_of_training"](place, 4, known)
+            step = EXAMPLE["step_of_training"](query[rows, :, place, None], *cache, mask)[:, :, 0]
+            real = ~pads[rows, place]
+            assert torch.equal(step[real], training[rows, :, place][real])
+
+
+@pytest.mark.parametrize("place", [0, 127, 128, 201, 383])
+def test_the_tiles_of_a_step_are_those_of_training(place: int) -> None:
+    pads = torch.arange(384) < torch.tensor([[0], [128], [200]])
+    step, block = EXAMPLE["mask_of_training"](place, 4, pads), place // 128
+    training = create_causal_padding_block_mask(pads)
+    for kind in ("kv", "full_kv"):
+        count = getattr(training, f"{kind}_num_blocks")[:, :, block, None]
+        assert torch.equal(getattr(step, f"{kind}_num_blocks"), count)
+        listed = torch.arange(3) < count[..., None]
+        found, expected = (getattr(x, f"{kind}_indices") for x in (step, training))
+        assert torch.equal(found[listed], expected[:, :, block, None][listed])
