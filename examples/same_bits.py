@@ -3,11 +3,11 @@
     python examples/same_bits.py
 
 Reinforcement learning samples tokens with one kernel and trains on them with another, and the two differ in
-the last bits. Here a step of sampling runs the kernel of training: a block of 128 queries, which begins at a
-multiple of 128. The query heads that share a key head are rows of one block. From torch 2.15 on, these rows
-have the bits of training on CUDA, in a batch of another size and in a cache of another capacity. A decoding
-step is faster, and has other bits. Both times are printed. The other layers of a model need operators whose
-bits do not depend on the batch, either.
+the last bits. Here a step of sampling runs the kernel of training: it computes a block of queries, over the
+same tiles in the same order. The query heads that share a key head are rows of one block. From torch 2.15 on,
+these rows have the bits of training on CUDA, in a batch of another size and in a cache of another capacity. A
+decoding step is faster, and has other bits. Both times are printed. The other layers of a model need
+operators whose bits do not depend on the batch, either.
 """
 
 import torch
@@ -17,25 +17,27 @@ from torch.utils.benchmark import Timer
 
 from causal_padded_flexattn import attend, create_block_mask_from_runs, create_causal_padding_block_mask
 
-BLOCK = 128
+ROWS = 64  # in a block of a step: of the two halves that the kernel computes alike, one is enough
 
 
-def mask_of_training(place: int, group: int, pads: Tensor) -> BlockMask:
+def mask_of_training(place: int, group: int, pads: Tensor, rows: int = ROWS) -> BlockMask:
     """The mask of a step at `place`, where `group` query heads share a key head. All layers share it.
 
     `pads`, (B, capacity), marks the padding before the prompts alone, here and in training: padding among the
-    queries of a block changes the order of its sums. Causality hides what comes later.
+    queries of a block changes the order of its sums. Causality hides what comes later. With 64 rows the bits
+    hold for bfloat16, float16 and heads of 64 and 128. With 128 they hold for other heads and float32, too.
     """
-    places = torch.arange(BLOCK, device=pads.device) + place // BLOCK * BLOCK
-    places[:group] = place  # the other rows keep their places, so that the tiles are those of training
-    return create_block_mask_from_runs(None, places, pads, query_pads=pads.new_zeros(len(pads), BLOCK))
+    places = torch.arange(rows, device=pads.device) + place // 128 * 128
+    places[:group] = place  # the other rows stay in their block, so that its tiles are those of training
+    query_pads = pads.new_zeros(len(pads), rows)
+    return create_block_mask_from_runs(None, places, pads, query_pads=query_pads, BLOCK_SIZE=(rows, 128))
 
 
 def step_of_training(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
     """Attention of one token, query (B, Hq, 1, E), by the kernel that training runs, in Hkv heads."""
     (batch_size, heads, _, size), kv_heads = query.shape, key.shape[1]
     group = heads // kv_heads
-    rows = query.new_zeros(batch_size, kv_heads, BLOCK, size)
+    rows = query.new_zeros(batch_size, kv_heads, block_mask.shape[2], size)
     rows[:, :, :group] = query.view(batch_size, kv_heads, group, size)
     output = attend(rows, key, value, block_mask, backend="triton")
     return output[:, :, :group].reshape(query.shape)
@@ -54,7 +56,7 @@ def main() -> None:
     shapes = [(4, n, length, size) for n in (heads, kv_heads, kv_heads)]
     query, key, value = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     pads = torch.zeros(4, length, dtype=torch.bool, device=device)
-    pads[1, :BLOCK] = True  # prompts are padded on the left by whole blocks
+    pads[1, :128] = True  # prompts are padded on the left by whole blocks
 
     training = attend(query, key, value, create_causal_padding_block_mask(pads), backend="triton")
 

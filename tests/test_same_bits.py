@@ -262,35 +262,41 @@ def test_chunks_of_whole_blocks_have_the_bits_of_the_whole_pass(
 
 @promised
 @pytest.mark.cuda
-@pytest.mark.parametrize(("size", "dtype"), KINDS)
-def test_a_step_by_aligned_blocks_has_the_bits_of_training(size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("size", "dtype", "rows"),
+    [
+        *((*kind, 128) for kind in KINDS),
+        *((size, dtype, 64) for size in (64, 128) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
+def test_a_step_has_the_bits_of_training(size: int, dtype: torch.dtype, rows: int) -> None:
     """The query heads that share a key head are rows of one block, in other batches and other caches."""
     length = 1024
     query, key, value = (random(i, 4, heads, length, size, dtype=dtype) for i, heads in enumerate((8, 2, 2)))
     pads = torch.zeros(4, length, dtype=torch.bool, device="cuda")
     pads[1, :128], pads[3, :200] = True, True
     training = attend(query, key, value, create_causal_padding_block_mask(pads))
-    for rows, capacity in (([0, 1, 2, 3], 1024), ([1], 1024), ([1, 3], 1536)):
-        cache = [torch.randn(len(rows), 2, capacity, size, device="cuda").to(dtype) for _ in range(2)]
-        known = torch.zeros(len(rows), capacity, dtype=torch.bool, device="cuda")
-        known[:, :length] = pads[rows]
+    for chosen, capacity in (([0, 1, 2, 3], 1024), ([1], 1024), ([1, 3], 1536)):
+        cache = [torch.randn(len(chosen), 2, capacity, size, device="cuda").to(dtype) for _ in range(2)]
+        known = torch.zeros(len(chosen), capacity, dtype=torch.bool, device="cuda")
+        known[:, :length] = pads[chosen]
         for place in (130, 201, 256, 511, 700, 1023):
             for x, whole in zip(cache, (key, value), strict=True):
-                x[:, :, : place + 1] = whole[rows, :, : place + 1]
-            mask = EXAMPLE["mask_of_training"](place, 4, known)
-            step = EXAMPLE["step_of_training"](query[rows, :, place, None], *cache, mask)[:, :, 0]
-            real = ~pads[rows, place]
-            assert torch.equal(step[real], training[rows, :, place][real])
+                x[:, :, : place + 1] = whole[chosen, :, : place + 1]
+            mask = EXAMPLE["mask_of_training"](place, 4, known, rows)
+            step = EXAMPLE["step_of_training"](query[chosen, :, place, None], *cache, mask)[:, :, 0]
+            real = ~pads[chosen, place]
+            assert torch.equal(step[real], training[chosen, :, place][real])
 
 
 @pytest.mark.parametrize("place", [0, 127, 128, 201, 383])
 def test_the_tiles_of_a_step_are_those_of_training(place: int) -> None:
     pads = torch.arange(384) < torch.tensor([[0], [128], [200]])
-    step, block = EXAMPLE["mask_of_training"](place, 4, pads), place // 128
+    step, block, real = EXAMPLE["mask_of_training"](place, 4, pads), place // 128, ~pads[:, place]
     training = create_causal_padding_block_mask(pads)
     for kind in ("kv", "full_kv"):
-        count = getattr(training, f"{kind}_num_blocks")[:, :, block, None]
-        assert torch.equal(getattr(step, f"{kind}_num_blocks"), count)
+        count = getattr(training, f"{kind}_num_blocks")[real, :, block, None]
+        assert torch.equal(getattr(step, f"{kind}_num_blocks")[real], count)
         listed = torch.arange(3) < count[..., None]
-        found, expected = (getattr(x, f"{kind}_indices") for x in (step, training))
+        found, expected = (getattr(x, f"{kind}_indices")[real] for x in (step, training))
         assert torch.equal(found[listed], expected[:, :, block, None][listed])
