@@ -365,19 +365,7 @@ def need_table(result: Row, ways: dict[str, str] = NEEDED, sizes: Sequence[str] 
 
 
 def readme_need(folder: Path) -> str:
-    """The textbook is of another run, with "ours, auto" beside it, until one need.json has all ways."""
-    result, other = (common.load(name, folder) for name in ("attention", "need"))
-    more = {"FlashAttention-4 varlen, already packed": "FlashAttention-4 varlen, already packed"}
-    more |= {"`cudnn.flex_attention`": "cudnn.flex_attention"}
-    ways = {
-        name: way
-        for name, way in NEEDED.items()
-        if way not in ("ours, auto, padding_side", "the textbook, FLASH")
-    }
-    rows = [*result["results"], *(row for row in other["results"] if row["way"] == "the textbook")]
-    again = [f"{both(row)[1]:.2f}" for row in other["results"] if row["way"] == "ours, auto"][1:]
-    made = f"{common.made_with(result)[:-1]}. The textbook is of another run, in which flash-attn-4 took"
-    return f"{need_table({'results': rows}, ways | more, SIZES[1:])}\n\n{made} {', '.join(again)}.)"
+    return common.show("need", need_table, folder)
 
 
 TABLES: dict[str, Table] = {
