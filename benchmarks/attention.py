@@ -220,11 +220,12 @@ def run(name: str, cases: Iterable[Case], ways: Sequence[str], folder: Path, dev
             try:
                 row |= measure(way, batch, exact, plain)  # of which nothing is left: a mask may take it all
                 row["mask_ms"] = common.wall_milliseconds(partial(WAYS[way][0], batch), device, times=10)
-            except Exception as why:  # a rival refuses in many ways
-                out = isinstance(why, torch.OutOfMemoryError)
-                if way.startswith("ours") and not (out or isinstance(why, NotMeasuredError)):
+            except torch.OutOfMemoryError:
+                row["not_measured"] = "out of memory"
+            except Exception as error:  # a rival refuses in many ways
+                if way.startswith("ours") and not isinstance(error, NotMeasuredError):
                     raise
-                row["not_measured"] = "out of memory" if out else f"{str(why) or type(why)}".splitlines()[0]
+                row["not_measured"] = common.reason(error)
             torch.cuda.empty_cache()
             rows.append(row)
             shown = row.get("not_measured") or (row["forward_ms"], row["backward_ms"])
@@ -357,15 +358,11 @@ NEEDED = {
 SIZES = ("32 x 1 024", "8 x 4 096", "4 x 16 384", "8 x 4 096, heads of 64", "8 x 4 096, left padding")
 
 
-def need_table(result: Row, ways: dict[str, str] = NEEDED, sizes: Sequence[str] = SIZES) -> str:
+def need_table(result: Row) -> str:
     rows = {(Case.of(row), row["way"]): row for row in result["results"]}
     cases = dict(zip(SIZES, CASES["need"], strict=True))
-    pairs = ((name, size) for name in ways for size in sizes)
-    return table("ms", ((name, size, together(rows.get((cases[size], ways[name])))) for name, size in pairs))
-
-
-def readme_need(folder: Path) -> str:
-    return common.show("need", need_table, folder)
+    pairs = ((name, way, size) for name, way in NEEDED.items() for size in SIZES)
+    return table("ms", ((name, size, together(rows.get((cases[size], way)))) for name, way, size in pairs))
 
 
 TABLES: dict[str, Table] = {

@@ -59,6 +59,11 @@ def require(holds: bool, reason: str) -> None:
         raise NotMeasuredError(reason)
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def flash_attention_4() -> Callable[..., tuple[Tensor, ...]]:
     require(_HAS_FLASH, "flash-attn-4 is not installed")
     from flash_attn.cute import flash_attn_varlen_func

@@ -195,7 +195,7 @@ def measure(step: Step, device: str, rate: float, ways: dict[str, Any] = WAYS) -
         except Exception as error:  # a rival refuses in many ways
             if not isinstance(error, NotMeasuredError) and (way.startswith("ours") or way == "block mask"):
                 raise
-            row["not_measured"] = (str(error) or type(error).__name__).splitlines()[0]
+            row["not_measured"] = common.reason(error)
             continue
         if way != "block mask":
             error = (result.transpose(1, 2)[real] - expected).abs().max()

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 
 from causal_padded_flexattn import attend, create_block_mask_from_runs, create_causal_padding_block_mask
 
-ROWS = 64  # in a block of a step: of the two halves that the kernel computes alike, one is enough
+ROWS = 64  # in a block of a step. Training has 128, and each row is computed alone
 
 
 def mask_of_training(place: int, group: int, pads: Tensor, rows: int = ROWS) -> BlockMask:

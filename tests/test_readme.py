@@ -106,7 +106,7 @@ def test_the_closed_form_trains() -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    assert attention.readme_need(RESULTS) in README
+    assert show("need", attention.need_table, RESULTS) in README
     for script in (block_mask, decode, models):
         assert script.readme_figures(RESULTS) in " ".join(README.split())
 
